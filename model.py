@@ -1,0 +1,244 @@
+"""
+The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, and batched sampling.
+
+RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU, no biases (Qwen2.5's QKV bias,
+Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
+position, which A*PO reads at the end of the prompt as its estimate of V*(x).
+
+One `forward` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
+This file knows integers only: no text, no tasks, no rewards.
+"""
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn as nn
+import torch.nn.functional as F
+
+
+@dataclass
+class ModelConfig:
+    vocab_size: int
+    max_seq_len: int = 512 # longest prompt + response
+    d_model: int = 128
+    n_layers: int = 4
+    n_heads: int = 4
+    n_kv_heads: int = 0 # heads of keys and values, shared by groups of query heads; 0: as many as n_heads
+    d_ff: int = 384 # width of the SwiGLU, which has three matrices of this width
+    head_dim: int = 0 # 0: d_model / n_heads
+    rope_theta: float = 10000.0
+    norm_eps: float = 1e-6
+    tie_embeddings: bool = True # output weights = token embedding
+    qkv_bias: bool = False # Qwen2.5
+    qk_norm: bool = False # Qwen3
+
+    def __post_init__(self):
+        if not self.head_dim and self.d_model % self.n_heads:
+            raise ValueError(f"n_heads={self.n_heads} does not divide d_model={self.d_model}")
+        self.head_dim = self.head_dim or self.d_model // self.n_heads
+        self.n_kv_heads = self.n_kv_heads or self.n_heads
+        if self.n_heads % self.n_kv_heads:
+            raise ValueError(f"n_kv_heads={self.n_kv_heads} does not divide n_heads={self.n_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"rotary positions turn pairs of features, so head_dim={self.head_dim} must be even")
+
+
+# Named sizes. The published configuration is advertised as 50M; with SwiGLU's three matrices it is 201M.
+SIZES = {
+    'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=1, d_ff=384), # 0.8M, for a laptop; one key head halves the time of sampling
+    '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, d_ff=2048),
+    'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
+}
+
+
+class KVCache:
+    """Keys and values of every layer for the positions seen so far, allocated once: (n_layers, B, n_kv_heads, max_len, head_dim).
+    All rows are at the same position (see generate), so no mask is needed to read it."""
+
+    def __init__(self, config, batch_size, max_len, device, dtype):
+        shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
+        self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
+        self.length = 0 # positions filled; the model moves it on after its last layer
+
+    def append(self, layer, k, v):
+        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all of that layer's keys and values."""
+        end = self.length + k.size(2)
+        assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {end} are needed"
+        self.k[layer, :, :, self.length:end] = k
+        self.v[layer, :, :, self.length:end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+
+    def keep(self, rows):
+        """Drop every row that is not in rows (a LongTensor): finished responses stop costing anything."""
+        for name in ('k', 'v'):
+            old = getattr(self, name)
+            new = torch.empty_like(old[:, :rows.numel()])
+            new[..., :self.length, :] = old[:, rows, :, :self.length]
+            setattr(self, name, new)
+
+
+class Attention(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, config.head_dim
+        qkv_width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
+        self.wqkv = nn.Linear(config.d_model, qkv_width, bias=config.qkv_bias)
+        self.wo = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
+        norm = (lambda: nn.RMSNorm(config.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
+        self.q_norm, self.k_norm = norm(), norm()
+
+    def forward(self, x, cos, sin, cache):
+        B, T, _ = x.shape
+        qkv = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2) # (B, n_heads + 2 n_kv_heads, T, head_dim)
+        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        if cache is not None:
+            k, v = cache.append(self.layer, k, v)
+        if T == 1:
+            # Decoding: the query heads that share a key head become the rows of one small matrix, nothing is copied.
+            q = q.view(B, self.n_kv_heads, -1, self.head_dim)
+            y = F.scaled_dot_product_attention(q, k, v)
+        else:
+            assert k.size(2) == T, f"only the first forward with a cache may hold several tokens, got {T} after {k.size(2) - T}"
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads)
+            y = y.transpose(1, 2)
+        return self.wo(y.reshape(B, T, -1))
+
+
+def rotate(x, cos, sin):
+    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama. x: (B, heads, T, head_dim)."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+class Block(nn.Module):
+
+    def __init__(self, config, layer):
+        super().__init__()
+        self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.w_gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False) # gate and up in one matrix multiply
+        self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
+
+    def forward(self, x, cos, sin, cache):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+        gate, up = self.w_gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
+        return x + self.w_down(F.silu(gate) * up)
+
+
+class Transformer(nn.Module):
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed = nn.Embedding(config.vocab_size, config.d_model)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
+        self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
+        self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
+        self.value_head = nn.Linear(config.d_model, 1)
+        if config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+        angles = torch.outer(torch.arange(config.max_seq_len), frequencies) # (max_seq_len, head_dim / 2)
+        self.register_buffer('cos', angles.cos(), persistent=False)
+        self.register_buffer('sin', angles.sin(), persistent=False)
+        self.init_weights()
+
+    def init_weights(self):
+        for name, p in self.named_parameters():
+            if name.endswith('bias'):
+                nn.init.zeros_(p)
+            elif p.dim() == 2:
+                # matrices that write to the residual stream start smaller, so that its variance does not grow with depth
+                scale = 1 / math.sqrt(2 * self.config.n_layers) if name.endswith(('wo.weight', 'w_down.weight')) else 1.0
+                nn.init.normal_(p, std=0.02 * scale)
+        nn.init.zeros_(self.value_head.weight)
+
+    def num_params(self):
+        """Every parameter, embeddings included (a tied one counts once)."""
+        return sum(p.numel() for p in self.parameters())
+
+    def forward(self, tokens, cache=None, at=None):
+        """
+        tokens (B, T) -> logits (B, T, vocab_size), values (B, T).
+
+        With a cache, tokens are the positions that follow those in it. `at`, a boolean mask (B, T), asks for the logits
+        of the marked positions only: logits (at.sum(), vocab_size), which spares padding and prompts the widest matrix.
+        Raises ValueError when the sequence is longer than max_seq_len.
+        """
+        start, T = (cache.length if cache is not None else 0), tokens.size(1)
+        if start + T > self.config.max_seq_len:
+            raise ValueError(f"a sequence of {start + T} tokens does not fit max_seq_len={self.config.max_seq_len}")
+        x = self.embed(tokens) # (B, T, d_model)
+        cos, sin = self.cos[start:start + T].to(x.dtype), self.sin[start:start + T].to(x.dtype)
+        for block in self.blocks:
+            x = block(x, cos, sin, cache)
+        if cache is not None:
+            cache.length += T
+        x = self.norm(x)
+        # The value head learns from what the policy knows but does not change it: no gradient flows into the trunk.
+        values = self.value_head(x.detach()).squeeze(-1).float() # (B, T)
+        logits = self.lm_head(x if at is None else x[at])
+        return logits, values
+
+
+@torch.no_grad()
+def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=None):
+    """
+    Sample one response for each prompt.
+
+    prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is greedy.
+    Returns tokens (B, T), each row its prompt, its response and then eos as padding, and mask (B, T), True at sampled
+    positions up to and including the first eos. A row without eos under its mask ran into max_new_tokens.
+
+    No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the shortest
+    has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave the batch.
+    The noise is one uniform number per row and response token, drawn in advance: what a row samples does not depend on
+    which other rows are still running.
+    """
+    device = model.embed.weight.device
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    shortest, longest = min(map(len, prompts)), max(map(len, prompts))
+    B, T = len(prompts), longest + max_new_tokens
+    if T > model.config.max_seq_len:
+        raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit max_seq_len={model.config.max_seq_len}")
+    tokens = torch.full((B, T), eos, device=device)
+    for row, prompt in zip(tokens, prompts):
+        row[:len(prompt)] = torch.tensor(prompt, device=device)
+    mask = torch.zeros(B, T, dtype=torch.bool, device=device)
+    uniform = torch.rand(B, max_new_tokens, generator=generator, device=device)
+
+    cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
+    rows = torch.arange(B, device=device) # the rows still running
+    alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
+    logits, _ = model(tokens[:, :shortest], cache)
+    logits = logits[:, -1]
+    for t in range(shortest, T):
+        step = t - lengths[rows] # index of the response token that stands at position t, negative inside a prompt
+        sampled = sample(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
+        is_response = (step >= 0) & (step < max_new_tokens) & alive
+        token = torch.where(is_response, sampled, tokens[rows, t]) # inside a prompt its own token is forced
+        tokens[rows, t], mask[rows, t] = token, is_response
+        alive &= ~(is_response & (token == eos)) & (step < max_new_tokens - 1)
+        # Dropping rows copies the cache, so wait until an eighth of them has ended.
+        if 8 * alive.sum() <= 7 * len(rows):
+            if not alive.any():
+                break
+            keep = alive.nonzero().squeeze(1)
+            cache.keep(keep)
+            rows, token, alive = rows[keep], token[keep], alive[keep]
+        logits, _ = model(token[:, None], cache)
+        logits = logits[:, -1]
+    T = int(mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
+    return tokens[:, :T], mask[:, :T]
+
+
+def sample(logits, temperature, uniform):
+    """One token per row by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1) # (B, V)
+    # The first token whose cumulative probability exceeds the draw; one of probability 0 can never be it.
+    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1).clamp(max=logits.size(-1) - 1)

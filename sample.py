@@ -1,0 +1,178 @@
+"""
+See what a trained model does.
+
+    python sample.py                                  # five held-out problems, then yours, line by line
+    python sample.py --prompt="3 5 7 = 22" --num_samples=16
+    python sample.py --eval                           # grade the held-out problems, write the result beside the checkpoint
+    python sample.py --plot out/countdown out/other   # curves of several runs over each other
+
+Takes the newest run under out/, else the models in assets/; --checkpoint=PATH names one.
+"""
+import argparse
+import glob
+import json
+import math
+import os
+import sys
+
+import train
+from model import generate
+from tasks import END_THINK, EOS, extract_answer, reachable
+
+COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.add_argument('--checkpoint', help='a checkpoint (default: the newest under out/, else assets/)')
+    parser.add_argument('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
+    parser.add_argument('--eval', action='store_true', help='grade held-out problems and write sample_eval.json beside the checkpoint')
+    parser.add_argument('--num_problems', type=int, default=0, help='held-out problems to draw (default: 5, or 2000 with --eval)')
+    parser.add_argument('--num_samples', type=int, default=1, help='responses to each problem')
+    parser.add_argument('--temperature', type=float, help='0 is greedy (default: the eval_temperature of the run)')
+    parser.add_argument('--max_new_tokens', type=int, help='longest response (default: that of the run)')
+    parser.add_argument('--seed', type=int, default=1337, help='of the sampling noise')
+    parser.add_argument('--device', default='auto', help='auto | cpu | cuda | mps')
+    parser.add_argument('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
+    parser.add_argument('--output', default='curves.png', help='the picture that --plot writes')
+    args = parser.parse_args()
+    if args.plot:
+        plot_runs(args.plot, args.output)
+        return print(f'wrote {args.output}')
+    if args.num_samples < 1 or args.num_problems < 0 or (args.temperature or 0) < 0 or args.max_new_tokens is not None and args.max_new_tokens < 1:
+        train.fail("--num_samples and --max_new_tokens must be at least 1, --num_problems and --temperature not below 0")
+
+    path = args.checkpoint or newest_checkpoint()
+    run = train.load_run(path, seed=args.seed, device=args.device, **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
+    temperature = train.eval_temperature if args.temperature is None else args.temperature
+    print(f'{path}: {train.task}, {run.model.num_params():,} parameters, step {run.step}, temperature {temperature}')
+    if args.eval:
+        return evaluate(run, path, args.num_problems or 2000, args.num_samples, temperature)
+    problems = [parse(run, args.prompt)] if args.prompt else train.held_out_problems(run.task, args.num_problems or 5)
+    show(run, problems, args.num_samples, temperature)
+    if not args.prompt and sys.stdin.isatty():
+        play(run, temperature)
+
+
+def newest_checkpoint():
+    """The newest checkpoint under out/, else a trained model in assets/."""
+    found = glob.glob('out/*/tinyzero_astarpo_final.pt') + glob.glob('out/*/checkpoint_step_*.pt')
+    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', '*_trained.pt')
+    if not found and not glob.glob(here):
+        train.fail("no run under out/ yet: start with `python train.py`, or name a checkpoint by --checkpoint=PATH")
+    return max(found, key=os.path.getmtime) if found else sorted(glob.glob(here))[0]
+
+
+def parse(run, text):
+    """A typed problem, or one line that says what is wrong with it."""
+    try:
+        problem = run.task.parse(text)
+        length = len(run.tokenizer.encode(run.task.prompt(problem)))
+    except ValueError as error:
+        train.fail(str(error))
+    if length + train.max_new_tokens > run.model.config.max_seq_len:
+        train.fail(f"this problem has {length} tokens, and the model's {run.model.config.max_seq_len} positions leave "
+                   f"{run.model.config.max_seq_len - length} for the response: lower --max_new_tokens")
+    return problem
+
+
+def show(run, problems, num_samples, temperature):
+    """Responses with the verifier's verdict; with several problems or samples a summary line."""
+    batch, _ = train.rollout(run, problems, train.EVAL, temperature, num_samples)
+    verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
+    for i, (problem, solved) in enumerate(zip(problems, verdicts)):
+        rows = range(i * num_samples, (i + 1) * num_samples)
+        best = max(rows, key=lambda row: batch['rewards'][row].item())
+        thinking, _, _ = batch['texts'][best].partition(END_THINK)
+        truncated, answer = bool(batch['truncated'][best]), extract_answer(batch['texts'][best])
+        print(f"\nproblem   {run.task.prompt(problem).removesuffix('<think>')}")
+        if hasattr(problem, 'target') and problem.target not in reachable(tuple(sorted(problem.numbers))):
+            print("          (cannot be solved by whole-number steps)")
+        print('thinking  ' + thinking.replace('\n', '\n          '))
+        print(f'answer    {"none" if answer is None else answer}')
+        verdict = 'correct' if batch['correct'][best] else f'cut off after {train.max_new_tokens} tokens' if truncated else \
+            'wrong' if batch['formatted'][best] else 'not in the format'
+        print(f'verdict   {verdict}' + (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))
+    if len(problems) > 1 or num_samples > 1:
+        print('\n' + summary_line(verdicts, num_samples))
+
+
+def summary_line(verdicts, n):
+    """Accuracy, and pass@k for the powers of two up to n (the unbiased estimate of arXiv 2107.03374)."""
+    pass_at = lambda k: sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in verdicts) / len(verdicts)
+    line = f'{len(verdicts)} problem(s) x {n} response(s): accuracy {sum(verdicts) / len(verdicts) / n:.3f}'
+    return line + ''.join(f', pass@{2 ** i} {pass_at(2 ** i):.3f}' for i in range(1, n.bit_length()))
+
+
+def play(run, temperature):
+    """Answer what is typed, until an empty line."""
+    while text := input('\na problem of yours (empty line to leave): ').strip():
+        try:
+            show(run, [parse(run, text)], 1, temperature)
+        except SystemExit as error:
+            print(error)
+
+
+def evaluate(run, path, count, num_samples, temperature):
+    """Grade held-out problems; the numbers also go to sample_eval.json beside the checkpoint."""
+    problems = train.held_out_problems(run.task, count)
+    batch, seconds = train.rollout(run, problems, train.EVAL, temperature, num_samples)
+    verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
+    groups = {}
+    for problem, solved in zip(problems, verdicts):
+        groups.setdefault(run.task.difficulty(problem), []).append(solved / num_samples)
+    result = dict(checkpoint=path, task=train.task, temperature=temperature, num_problems=len(problems), num_samples=num_samples,
+                  accuracy=sum(verdicts) / len(verdicts) / num_samples, accuracy_by_difficulty={g: sum(v) / len(v) for g, v in sorted(groups.items())},
+                  formatted=batch['formatted'].mean().item(), truncated=batch['truncated'].mean().item(),
+                  response_length=batch['mask'].sum(1).float().mean().item(), seconds=round(sum(seconds.values()), 1))
+    print(summary_line(verdicts, num_samples))
+    print(', '.join(f'{group} {accuracy:.3f}' for group, accuracy in result['accuracy_by_difficulty'].items()))
+    target = os.path.join(os.path.dirname(path), 'sample_eval.json')
+    with open(target, 'w') as file:
+        json.dump(result, file, indent=2)
+    print(f'wrote {target}')
+
+
+def plot_runs(folders, path):
+    """Reward and held-out accuracy, response length, KL, and where the time goes, against wall time, runs over each other."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit("error: drawing curves needs matplotlib: pip install matplotlib")
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout='constrained')
+    for folder, color in zip(folders, COLORS * len(folders)):
+        name = os.path.basename(os.path.normpath(folder))
+        try:
+            rows = [json.loads(line) for line in open(os.path.join(folder, 'metrics.jsonl'))]
+        except OSError:
+            raise SystemExit(f"error: {folder} holds no metrics.jsonl, so it is not the folder of a run")
+        minutes = lambda rows: [row['seconds'] / 60 for row in rows]
+        steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
+        evaluations, warm_up = [row for row in rows if row['phase'] == 'evaluation'], [row for row in rows if row['phase'] == 'warm-up']
+        axes[0, 0].plot(minutes(steps), [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
+        axes[0, 0].plot(minutes(evaluations), [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
+        axes[0, 1].plot(minutes(steps), [row['length'] for row in steps], color=color, label=name)
+        axes[1, 0].plot(minutes(steps), [row['kl'] for row in steps], color=color, label=name)
+        if warm_up:
+            for axis in axes.flat[:3]:
+                axis.axvspan(0, warm_up[-1]['seconds'] / 60, color=color, alpha=0.08, lw=0)
+        left = [0.0] * len(steps)
+        for part, hatch in zip(('rollout', 'reference', 'update', 'grading'), ('', '//', '..', 'xx')):
+            if folder == folders[0]:
+                top = [a + row['seconds_' + part] for a, row in zip(left, steps)]
+                axes[1, 1].fill_between(minutes(steps), left, top, label=part, hatch=hatch, lw=0, alpha=0.7)
+                left = top
+    for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens', 'KL to the reference',
+                                       f'seconds per step ({os.path.basename(os.path.normpath(folders[0]))})')):
+        axis.set(title=title, xlabel='minutes (warm-up shaded)')
+        axis.grid(alpha=0.3)
+        axis.legend(frameon=False)
+    axes[0, 0].set_ylim(0, 1)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+if __name__ == '__main__':
+    main()

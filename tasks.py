@@ -1,0 +1,301 @@
+"""
+The tasks: problems, prompts, demonstrations for the warm-up, and the verifiers that decide what is right.
+
+A task has problem(rng), prompt(problem), parse(text), demonstration(problem, rng), grade(problem, response),
+canonical(problem), is_test(problem) and difficulty(problem). This file knows strings only: no tensors, no model.
+
+The verifier is the ground truth of everything in this repo. It never executes what the model wrote: it has a tokenizer
+and a parser of its own, exact rational arithmetic, and refuses answers of more than 256 characters unread.
+"""
+import functools
+import hashlib
+import re
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+EOS, THINK, END_THINK, ANSWER, END_ANSWER = '<eos>', '<think>', '</think>', '<answer>', '</answer>'
+TAGS = [EOS, THINK, END_THINK, ANSWER, END_ANSWER] # end-of-sequence has id 0 and also pads
+MAX_ANSWER = 256 # characters
+WHITE = r'[ \t\r\n]*'
+
+
+class Tokenizer:
+    """
+    A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10' among them), a number is one
+    token and a single space between two numbers is implied by their being neighbours; else numbers are spelt in digits.
+    """
+
+    def __init__(self, tokens):
+        self.tokens = list(tokens)
+        self.ids = {token: i for i, token in enumerate(self.tokens)}
+        self.eos = self.ids[EOS]
+        self.whole_numbers = '10' in self.ids
+        words = [t for t in self.tokens if not t.isdigit()]
+        words += [r'[0-9]+', r'(?<=[0-9]) (?=[0-9])'] if self.whole_numbers else ['[0-9]']
+        words = sorted(words[:len(TAGS)], key=len, reverse=True) + words[len(TAGS):]
+        self.pattern = re.compile('|'.join(w if w.startswith(('[0-9]', '(?<=')) else re.escape(w) for w in words))
+
+    def encode(self, text):
+        """str -> list of ids. Raises ValueError, naming the piece, when the vocabulary does not have it."""
+        ids, position = [], 0
+        while position < len(text):
+            match = self.pattern.match(text, position)
+            if not match or (match.group() != ' ' or not self.whole_numbers) and match.group() not in self.ids:
+                piece = match.group() if match else text[position]
+                raise ValueError(f"{piece!r} is not in the vocabulary of this model ({len(self.tokens)} tokens)")
+            if match.group() in self.ids:
+                ids.append(self.ids[match.group()])
+            position = match.end()
+        return ids
+
+    def decode(self, ids):
+        """list of ids -> str, the inverse of encode on all prompts and demonstrations."""
+        text, last_was_number = [], False
+        for i in ids:
+            is_number = self.whole_numbers and self.tokens[i].isdigit()
+            text.append(' ' + self.tokens[i] if is_number and last_was_number else self.tokens[i])
+            last_was_number = is_number
+        return ''.join(text)
+
+
+class Grade(NamedTuple):
+    reward: float # 1.0 when correct, else the task's partial credit, always below 1
+    correct: bool # the tags are right and the answer solves the problem; nothing else
+    formatted: bool # the tags are right and the answer parses
+
+
+WRONG = Grade(0.0, False, False)
+
+
+def extract_answer(response):
+    """
+    The text between <answer> and </answer>, or None when the response is not
+    `thinking </think> <answer> ... </answer>` with white space between and exactly one answer behind the one </think>.
+    """
+    head, end_think, tail = response.split(EOS)[0].partition(END_THINK)
+    match = re.fullmatch(rf'{WHITE}{ANSWER}([^<]*){END_ANSWER}{WHITE}', tail)
+    return match[1] if match and len(match[1]) <= MAX_ANSWER else None
+
+
+class Task:
+    """What the tasks share: the split. `canonical` is equal for the same puzzle written differently."""
+
+    def is_test(self, problem):
+        """About a tenth of all puzzles, chosen by a stable hash: never trained on, neither in warm-up nor later."""
+        return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
+
+    def draw(self, rng, test=False):
+        """A problem from the training split, or from the test split."""
+        while self.is_test(problem := self.problem(rng)) != test:
+            pass
+        return problem
+
+
+# -----------------------------------------------------------------------------------------------------------------------
+# Countdown
+
+class CountdownProblem(NamedTuple):
+    numbers: tuple
+    target: int
+
+
+@functools.cache
+def reachable(numbers):
+    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), as a frozenset; exact."""
+    if len(numbers) == 1:
+        return frozenset(numbers)
+    values = set()
+    # Split the numbers in two in every way; the first number is always on the left, so no split is seen twice.
+    for chosen in range(2 ** (len(numbers) - 1) - 1):
+        left = numbers[:1] + tuple(n for i, n in enumerate(numbers[1:]) if chosen >> i & 1)
+        right = tuple(n for i, n in enumerate(numbers[1:]) if not chosen >> i & 1)
+        for x in reachable(left):
+            for y in reachable(right):
+                values.update(result for _, _, _, result in operations(x, y))
+    return frozenset(values)
+
+
+def operations(x, y):
+    """The operations on two whole numbers whose result is a whole number, as (larger, operator, smaller, result)."""
+    a, b = max(x, y), min(x, y)
+    result = [(a, '+', b, a + b), (a, '-', b, a - b), (a, '*', b, a * b)]
+    return result + [(a, '/', b, a // b)] if b and a % b == 0 else result
+
+
+class Countdown(Task):
+    """
+    Reach the target from the numbers with + - * / and parentheses, using each number exactly once.
+
+    The numbers are uniform; the target is uniform among those that they can reach. Drawing random expressions instead
+    would favour targets with many solutions and make the puzzles easier.
+    """
+
+    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0, max_attempts=8):
+        self.min_numbers, self.max_numbers, self.max_number, self.max_target = min_numbers, max_numbers, max_number, max_target
+        self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
+        self.max_attempts = max_attempts # of a demonstration
+        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
+        # the puzzles have a solution below it.
+        self.largest = max(max_target, max_number)
+        self.tokens = TAGS + ['=', '+', '-', '*', '/', '(', ')', '\n'] + [str(n) for n in range(self.largest + 1)]
+
+    def problem(self, rng):
+        while True:
+            count = rng.integers(self.min_numbers, self.max_numbers + 1)
+            numbers = tuple(map(int, rng.integers(1, self.max_number + 1, count)))
+            targets = sorted(v for v in reachable(tuple(sorted(numbers))) if 1 <= v <= self.max_target)
+            if targets:
+                return CountdownProblem(numbers, targets[rng.integers(len(targets))])
+
+    def prompt(self, problem):
+        return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
+
+    def parse(self, text):
+        """'3 5 7 = 22' -> problem. Raises ValueError."""
+        match = re.fullmatch(rf'{WHITE}([0-9]+(?:[ ,]+[0-9]+)+) *= *([0-9]+){WHITE}', text)
+        if not match:
+            raise ValueError(f"{text.strip()[:80]!r} is not a countdown puzzle; write it like '3 5 7 = 22'")
+        return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
+
+    def canonical(self, problem):
+        return f"{' '.join(map(str, sorted(problem.numbers)))}={problem.target}"
+
+    def difficulty(self, problem):
+        return f'{len(problem.numbers)} numbers'
+
+    def demonstration(self, problem, rng):
+        """
+        A random search: operations at random on numbers at random, again and again, until the target happens to come out
+        or the attempts are used up; then the last attempt is the answer, right or wrong. Nothing guides it: what to try,
+        what to leave and when to go on is for A*PO to find out. Some attempts are abandoned half way, as an option to learn.
+        """
+        lines = []
+        for attempts_left in reversed(range(rng.integers(1, self.max_attempts + 1))):
+            line, pool = '', [(n, str(n)) for n in problem.numbers]
+            while len(pool) > 1:
+                i, j = rng.choice(len(pool), 2, replace=False)
+                (x, x_text), (y, y_text) = max(pool[i], pool[j]), min(pool[i], pool[j])
+                choices = [o for o in operations(x, y) if o[3] <= self.largest]
+                a, operator, b, result = choices[rng.integers(len(choices))]
+                line += f"{' ' if line else ''}{a}{operator}{b}={result}"
+                pool = [p for k, p in enumerate(pool) if k not in (i, j)] + [(result, f'({x_text}{operator}{y_text})')]
+                if len(pool) > 1 and attempts_left and rng.random() < 0.2:
+                    break
+            lines.append(line)
+            if len(pool) == 1 and pool[0][0] == problem.target:
+                break
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{pool[0][1].removeprefix("(").removesuffix(")")}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        answer = extract_answer(response)
+        try:
+            value, used = evaluate(answer) if answer is not None else (None, None)
+        except ValueError:
+            return WRONG
+        if answer is None:
+            return WRONG
+        if value is None or sorted(used) != sorted(problem.numbers):
+            return Grade(0.0, False, True)
+        if value == problem.target:
+            return Grade(1.0, True, True)
+        closeness = 1 / (1 + abs(value - problem.target)) # in (0, 1)
+        return Grade(self.partial_credit * float(closeness), False, True)
+
+
+def evaluate(text):
+    """
+    The value of an arithmetic expression as an exact Fraction (None when it divides by zero), and the integers it uses.
+
+    Grammar: sum = product (('+' | '-') product)*; product = atom (('*' | '/') atom)*; atom = integer | '(' sum ')'.
+    Integers are ASCII digits without leading zero; no signs, dots or underscores; white space only between tokens.
+    Raises ValueError on anything else. Work and depth are bounded by the 256 characters that extract_answer lets through.
+    """
+    tokens = re.findall(r'[0-9]+|[^ \t\r\n]', text)[::-1] # the next token is the last element
+    used = []
+
+    def atom():
+        token = tokens.pop() if tokens else ''
+        if token == '(':
+            value = binary('+-', lambda: binary('*/', atom))
+            if not tokens or tokens.pop() != ')':
+                raise ValueError("a parenthesis is not closed")
+            return value
+        if not re.fullmatch('0|[1-9][0-9]*', token):
+            raise ValueError(f"{token!r} is not a number")
+        used.append(int(token))
+        return Fraction(used[-1])
+
+    def binary(operators, operand):
+        value = operand()
+        while tokens and tokens[-1] in operators:
+            value = apply(value, tokens.pop(), operand())
+        return value
+
+    def apply(x, operator, y):
+        if x is None or y is None or operator == '/' and y == 0:
+            return None
+        return x + y if operator == '+' else x - y if operator == '-' else x * y if operator == '*' else x / y
+
+    value = binary('+-', lambda: binary('*/', atom))
+    if tokens:
+        raise ValueError(f"{tokens[-1]!r} is not expected here")
+    return value, used
+
+
+# -----------------------------------------------------------------------------------------------------------------------
+# Multiplication
+
+class MultiplicationProblem(NamedTuple):
+    a: int
+    b: int
+
+
+class Multiplication(Task):
+    """What is a × b? Numbers are spelt in digits, so that the model has to carry."""
+
+    def __init__(self, max_factor=99):
+        self.max_factor = max_factor
+        self.tokens = TAGS + ['What is ', ' × ', '?', '=', '+', '*', '\n'] + [str(n) for n in range(10)]
+
+    def problem(self, rng):
+        return MultiplicationProblem(*map(int, rng.integers(1, self.max_factor + 1, 2)))
+
+    def prompt(self, problem):
+        return f'What is {problem.a} × {problem.b}?{THINK}'
+
+    def parse(self, text):
+        """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""
+        match = re.fullmatch(rf'{WHITE}(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??{WHITE}', text)
+        if not match:
+            raise ValueError(f"{text.strip()[:80]!r} is not a multiplication; write it like '47 * 36'")
+        return MultiplicationProblem(int(match[1]), int(match[2]))
+
+    def canonical(self, problem):
+        return f'{min(problem)}*{max(problem)}'
+
+    def difficulty(self, problem):
+        return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
+
+    def demonstration(self, problem, rng):
+        """The partial products of the digits of b, smallest first, then their running sum."""
+        lines, total = [], 0
+        for place, digit in enumerate(reversed(str(problem.b))):
+            product = problem.a * int(digit) * 10 ** place
+            lines.append(f'{problem.a}*{int(digit) * 10 ** place}={product}')
+            if place:
+                lines.append(f'{total}+{product}={total + product}')
+            total += product
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{total}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        answer = extract_answer(response)
+        match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', answer) if answer is not None else None
+        if not match:
+            return WRONG
+        correct = int(match[1]) == problem.a * problem.b
+        return Grade(float(correct), correct, True)
+
+
+TASKS = {'countdown': Countdown, 'multiplication': Multiplication}

@@ -1,0 +1,812 @@
+"""
+Train a transformer to solve countdown or multiplication: warm-up by imitation, then A*PO.
+
+    python train.py                                               # countdown on this machine, CPU or GPU
+    torchrun --nproc_per_node=1 train.py --task=multiplication    # the same through torchrun
+    torchrun --nproc_per_node=8 train.py --batch_size=4096        # eight GPUs, FSDP
+    python train.py --init_from=resume                            # go on with the run in out/countdown
+    python train.py --init_from=assets/countdown_base.pt          # A*PO from a warmed-up model
+
+Every setting below can be given as --name=value or --name value; --help lists them.
+"""
+import dataclasses
+import difflib
+import json
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import time
+import zipfile
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
+                                                     set_optimizer_state_dict)
+from torch.distributed.tensor import distribute_tensor
+
+from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
+from model import SIZES, ModelConfig, Transformer, generate
+from tasks import EOS, TASKS, WRONG, Tokenizer
+
+# ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine -------------------
+task = 'countdown' # countdown | multiplication
+out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
+init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a path to a checkpoint to start A*PO from
+seed = 1337 # problems, weights and sampling noise all follow from it
+device = 'auto' # auto | cpu | cuda | mps
+dtype = 'auto' # auto | float32 | bfloat16: of the matrix multiplies; master weights are always float32
+compile = False # torch.compile the training forward
+# problems
+min_numbers = 3 # countdown: how many numbers at least
+max_numbers = 4 # countdown: how many at most
+max_number = 20 # countdown: numbers are drawn from 1 to this
+max_target = 100 # countdown: targets are drawn from 1 to this, among those that can be reached
+max_factor = 99 # multiplication: factors are drawn from 1 to this
+partial_credit = 0.0 # countdown: reward of an answer that is nearly right, below 1; it shrinks with the distance
+# model
+d_model = 0 # width of the residual stream
+n_layers = 0 # blocks
+n_heads = 0 # attention heads
+n_kv_heads = 0 # heads of keys and values, shared by groups of attention heads
+d_ff = 0 # width of the SwiGLU
+# warm-up: imitation of the task's demonstrations
+warmup_steps = 0 # optimizer steps; -1: none
+warmup_batch_size = 0 # demonstrations per step, over all ranks
+warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
+warmup_muon_learning_rate = 0.02 # Muon, for the matrices of the blocks; decays with it
+# A*PO
+algorithm = 'apo' # apo | grpo
+max_steps = 0 # optimizer steps after the warm-up; -1: none
+batch_size = 0 # responses per step, over all ranks
+learning_rate = 3e-4 # AdamW, constant
+muon_learning_rate = 0.0 # Muon, for the matrices of the blocks; 0: AdamW for all
+grad_clip = 1.0 # clip the gradient's norm here
+beta1 = 0.5 # temperature of V* (apo.py, formula 1)
+beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
+temperature = 1.0 # divides the logits, in sampling and in scoring alike
+max_new_tokens = 0 # longest response; one that does not end by then has reward 0
+num_train_samples = 0 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
+num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
+fresh_prompts = True # new prompts at every step with V* from the value head; False: the prompts of stage 1 with their own V*
+filter_failed = False # with fresh_prompts=False: leave out the prompts that the reference never solved
+ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
+value_learning_rate = 1e-2 # AdamW, for the value head
+# evaluation and records
+eval_temperature = 1.0 # 0 is greedy
+num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
+eval_interval = 100 # steps between evaluations
+checkpoint_interval = 500 # steps between checkpoints
+micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
+rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
+# ---- end of settings ----------------------------------------------------------------------------------------------------
+SETTINGS = {name: value for name, value in list(globals().items())
+            if isinstance(value, (bool, int, float, str)) and not name.startswith('_')}
+
+
+MACHINE = {
+    'cpu': dict(**SIZES['small'], batch_size=256, warmup_batch_size=32, micro_batch_tokens=8192, rollout_rows=1024),
+    'gpu': dict(**SIZES['50m'], batch_size=1024, warmup_batch_size=256, micro_batch_tokens=131072, rollout_rows=4096),
+}
+AUTO = {
+    ('countdown', 'cpu'): dict(warmup_steps=1500, max_steps=200, max_new_tokens=256, num_train_samples=512),
+    ('countdown', 'gpu'): dict(warmup_steps=3000, max_steps=400, max_new_tokens=384, num_train_samples=2048),
+    ('multiplication', 'cpu'): dict(warmup_steps=1000, max_steps=100, max_new_tokens=64, num_train_samples=512),
+    ('multiplication', 'gpu'): dict(warmup_steps=1500, max_steps=200, max_new_tokens=64, num_train_samples=2048),
+}
+TASK_SETTINGS = {
+    'countdown': ('min_numbers', 'max_numbers', 'max_number', 'max_target', 'partial_credit'),
+    'multiplication': ('max_factor',),
+}
+WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
+FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
+rank, world_size = 0, 1
+
+
+@dataclasses.dataclass
+class Run:
+    """What a run consists of; a checkpoint holds just this."""
+    task: object
+    tokenizer: Tokenizer
+    model: Transformer # the policy pi, and the value head; sharded when there are several ranks
+    sampler: Transformer # a whole copy of the policy that responds; the policy itself on one rank in float32
+    reference: Transformer = None # pi_ref, whole and frozen
+    base: Transformer = None # the warmed-up model, for the KL that a refreshed reference would hide
+    optimizers: list = None # AdamW, and Muon where it is on
+    values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
+    step: int = 0 # optimizer steps so far, those of the warm-up included
+    seconds: float = 0.0 # time spent in all sessions of this run
+    warmup_accuracy: float = 0.0
+    bad_steps: int = 0 # steps in a row whose gradient was not finite
+    recent: list = dataclasses.field(default_factory=list) # when the last steps ended, for the time left
+
+
+def main():
+    checkpoint = configure(sys.argv[1:])
+    run = build(checkpoint)
+    started = time.time() - run.seconds
+
+    # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
+    while run.step < warmup_steps:
+        loss = warm_up_step(run)
+        run.seconds = time.time() - started
+        report(run, 'warm-up', every=20, loss=loss)
+        checkpoint_if_due(run)
+    if run.reference is None:
+        run.base = run.reference = frozen_copy(run.model)
+        run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
+        run.warmup_accuracy = evaluate(run, 'after the warm-up', num_eval_samples)['accuracy']
+
+    # Stage 1: the frozen reference answers each prompt several times; V* follows from the rewards.
+    if max_steps and algorithm == 'apo' and run.values is None:
+        estimate_values(run)
+        save_checkpoint(run)
+
+    # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, one fresh response per prompt.
+    while run.step < warmup_steps + max_steps:
+        problems, values = training_problems(run)
+        batch, seconds = rollout(run, problems, TRAIN, temperature)
+        metrics = update(run, batch, values, seconds)
+        run.seconds = time.time() - started
+        report(run, algorithm, **metrics)
+        stage2_step = run.step - warmup_steps
+        if stage2_step < max_steps:
+            if ref_update_interval and stage2_step % ref_update_interval == 0:
+                run.reference = frozen_copy(run.model)
+                if algorithm == 'apo' and not fresh_prompts:
+                    estimate_values(run)
+            if stage2_step % eval_interval == 0:
+                evaluate(run, f'at step {stage2_step}', num_eval_samples // 8)
+        checkpoint_if_due(run)
+    run.seconds = time.time() - started
+    finish(run)
+
+
+# -----------------------------------------------------------------------------------------------------------------------
+# The parts of a step
+
+def warm_up_step(run):
+    """One optimizer step of imitation on fresh demonstrations; returns the mean loss per token."""
+    sequences = []
+    for problem, rng in draw(run.task, WARMUP, run.step, warmup_batch_size):
+        prompt = run.tokenizer.encode(run.task.prompt(problem))
+        response = run.tokenizer.encode(run.task.demonstration(problem, rng)) + [run.tokenizer.eos]
+        sequences.append((prompt, response))
+    tokens = torch.full((len(sequences), max(len(p) + len(r) for p, r in sequences)), run.tokenizer.eos)
+    mask = torch.zeros(tokens.shape, dtype=torch.bool)
+    for i, (prompt, response) in enumerate(sequences):
+        tokens[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
+        mask[i, len(prompt):len(prompt) + len(response)] = True
+    tokens, mask = tokens.to(device), mask.to(device)
+
+    progress = run.step / warmup_steps
+    for group in [g for optimizer in run.optimizers for g in optimizer.param_groups]:
+        group['lr'] = group['initial_lr'] * min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4)
+    total_tokens, total_loss = all_sum(mask.sum()), 0.0
+    for rows in micro_batches(mask):
+        logprobs, _ = token_logprobs(run.model, *trim(tokens[rows], mask[rows]))
+        loss = -logprobs.sum() / total_tokens
+        (loss * world_size).backward() # FSDP averages gradients over the ranks
+        total_loss += loss.detach()
+    optimizer_step(run)
+    run.step += 1
+    return all_sum(total_loss).item()
+
+
+def estimate_values(run):
+    """Stage 1: V* of num_train_samples prompts from num_responses_per_prompt responses of the reference each. The prompts'
+    own V* is kept in run.values, and the value head learns to predict it."""
+    problems = [p for p, _ in draw(run.task, STAGE1, 0, num_train_samples)]
+    batch, _ = rollout(run, problems, STAGE1, temperature, num_responses_per_prompt)
+    local_rewards = batch['rewards'].view(len(problems), -1) # (prompts of this rank, N)
+    rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device) # (num_train_samples, N)
+    run.values = optimal_value(rewards, beta1)
+    solved = (rewards > 0).any(1).float().mean().item()
+    print0(f"stage 1: {len(rewards)} prompts x {rewards.size(1)} responses of the reference, mean reward {rewards.mean():.3f}, "
+           f"mean V* {run.values.mean():.3f}, {1 - solved:.1%} of the prompts never solved")
+    if solved == 0:
+        fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more --warmup_steps, "
+             "make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
+    # The head reads only the prompt, so this costs a few seconds.
+    prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
+    lengths = torch.tensor([len(p) for p in prompts], device=device)
+    tokens = torch.full((len(prompts), int(lengths.max())), run.tokenizer.eos, device=device)
+    for i, prompt in enumerate(prompts):
+        tokens[i, :len(prompt)] = torch.tensor(prompt)
+    for _ in range(100):
+        with autocast():
+            _, values = run.model(tokens, at=torch.zeros_like(tokens, dtype=torch.bool))
+        value_loss(values.gather(1, lengths[:, None] - 1).squeeze(1), local_rewards, beta1).backward()
+        optimizer_step(run)
+
+
+def training_problems(run):
+    """This rank's problems of the current step, and their V* from stage 1, or None where the value head gives it."""
+    step = run.step - warmup_steps
+    if algorithm == 'grpo':
+        return [p for p, _ in draw(run.task, TRAIN, step, batch_size // num_responses_per_prompt)], None
+    if fresh_prompts:
+        return [p for p, _ in draw(run.task, TRAIN, step, batch_size)], None
+    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
+    pool = np.flatnonzero(run.values.cpu().numpy() > 0) if filter_failed else np.arange(num_train_samples)
+    local = batch_size // world_size
+    where = step * batch_size + rank * local + np.arange(local)
+    orders = {epoch: np.random.default_rng((seed, TRAIN, int(epoch))).permutation(pool) for epoch in set(where // len(pool))}
+    chosen = [int(orders[i // len(pool)][i % len(pool)]) for i in where]
+    problems = [run.task.draw(np.random.default_rng((seed, STAGE1, 0, i))) for i in chosen]
+    return problems, run.values[chosen]
+
+
+def rollout(run, problems, stream, at_temperature, repeat=1):
+    """
+    Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for stage 1,
+    stage 2 and evaluation alike: a response that did not end within max_new_tokens is truncated, its reward 0.
+
+    Returns a dict of tokens, mask (B, T), rewards (B,), correct, formatted, truncated (B,), and the seconds it took.
+    """
+    started = time.time()
+    problems = [p for p in problems for _ in range(repeat)]
+    prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
+    pieces = []
+    for first in range(0, len(prompts), rollout_rows):
+        key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
+        generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
+        pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature, run.tokenizer.eos, generator))
+    width = max(tokens.size(1) for tokens, _ in pieces)
+    tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
+    mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
+
+    sampled = time.time()
+    grades, truncated, texts = [], [], []
+    for problem, row, marked in zip(problems, tokens.cpu().numpy(), mask.cpu().numpy()):
+        response = row[marked]
+        truncated.append(response[-1] != run.tokenizer.eos)
+        texts.append(run.tokenizer.decode(response.tolist()).removesuffix(EOS))
+        grades.append(WRONG if truncated[-1] else run.task.grade(problem, texts[-1]))
+    rewards, correct, formatted = torch.tensor(grades, device=device).T
+    batch = dict(problems=problems, texts=texts, tokens=tokens, mask=mask, rewards=rewards, correct=correct,
+                 formatted=formatted, truncated=torch.tensor(truncated, device=device).float())
+    return batch, dict(rollout=sampled - started, grading=time.time() - sampled)
+
+
+def update(run, batch, stored_values, seconds):
+    """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
+    started, tokens, mask, rewards = time.time(), batch['tokens'], batch['mask'], batch['rewards']
+    rows_of = list(micro_batches(mask))
+    ref_logprobs = torch.zeros_like(rewards)
+    with torch.no_grad():
+        for rows in rows_of:
+            logprobs, _ = token_logprobs(run.reference, *trim(tokens[rows], mask[rows]))
+            ref_logprobs[rows] = logprobs.sum(1)
+    seconds['reference'] = time.time() - started
+
+    started = time.time()
+    advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1) if algorithm == 'grpo' else None
+    total_tokens = all_sum(mask.sum())
+    logprobs, values = torch.zeros_like(rewards), torch.zeros_like(rewards)
+    for rows in rows_of:
+        micro_tokens, micro_mask = trim(tokens[rows], mask[rows])
+        micro_logprobs, head_values = token_logprobs(run.model, micro_tokens, micro_mask)
+        logprobs[rows] = sequence_logprobs(micro_logprobs.detach(), micro_mask)
+        values[rows] = head_values.detach() if stored_values is None else stored_values[rows]
+        if algorithm == 'grpo':
+            loss = grpo_loss(micro_logprobs, micro_logprobs.detach(), advantages[rows], micro_mask)
+            loss = loss * micro_mask.sum() * world_size / total_tokens # a mean over the tokens of the whole batch
+        else:
+            loss = apo_loss(sequence_logprobs(micro_logprobs, micro_mask), ref_logprobs[rows], rewards[rows], values[rows], beta2)
+            loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
+        loss.backward()
+    grad_norm = optimizer_step(run)
+    run.step += 1
+    seconds['update'] = time.time() - started
+
+    residual = beta2 * (logprobs - ref_logprobs) - (rewards - values)
+    columns = dict(reward=rewards, accuracy=batch['correct'], formatted=batch['formatted'], truncated=batch['truncated'],
+                   length=mask.sum(1).float(), kl=logprobs - ref_logprobs, entropy=-logprobs / mask.sum(1), value=values,
+                   value_zero=(values <= 0).float(), residual=residual, residual_sq=residual.square())
+    means = all_sum(torch.stack(list(columns.values())).mean(1) / world_size).tolist()
+    metrics = dict(zip(columns, means))
+    metrics['residual_std'] = math.sqrt(max(0, metrics.pop('residual_sq') - metrics['residual'] ** 2))
+    return dict(metrics, grad_norm=grad_norm, tokens=int(total_tokens), **{f'seconds_{k}': round(v, 3) for k, v in seconds.items()})
+
+
+def token_logprobs(model, tokens, mask):
+    """
+    Log-probabilities of the tokens under the mask at the sampling temperature, and the value head at the end of the prompt.
+    tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,).
+    """
+    targets = mask[:, 1:] # the logits at position t are about the token at t + 1
+    with autocast():
+        logits, values = model(tokens[:, :-1], at=targets)
+    logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
+    prompt_end = mask.int().argmax(1, keepdim=True) - 1
+    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs), values.gather(1, prompt_end).squeeze(1)
+
+
+def micro_batches(mask):
+    """Indices of rows of about equal length, together at most micro_batch_tokens with their padding. Every rank must run the
+    model equally often, or FSDP waits for ever, so the rank that needs most decides how many."""
+    ends = (mask * torch.arange(mask.size(1), device=mask.device)).amax(1)
+    pieces = torch.tensor(math.ceil(len(mask) * (int(ends.max()) + 16) / micro_batch_tokens), device=mask.device)
+    if world_size > 1:
+        dist.all_reduce(pieces, dist.ReduceOp.MAX)
+    return ends.argsort(stable=True).tensor_split(min(int(pieces), len(mask)))
+
+
+def trim(tokens, mask):
+    """Cut the padding behind the longest row; lengths are multiples of 16, for each new shape costs a CPU a new kernel."""
+    end = int(mask.any(0).nonzero().max()) + 1
+    end = min(-(-end // 16) * 16, mask.size(1))
+    return tokens[:, :end], mask[:, :end]
+
+
+def evaluate(run, when, count):
+    """Accuracy on `count` held-out problems, the same in every run, at eval_temperature; by difficulty, with a 95% interval."""
+    print0(f'evaluating on held-out problems {when} ...', end='\r')
+    problems = held_out_problems(run.task, count)
+    batch, _ = rollout(run, problems[rank::world_size], EVAL, eval_temperature)
+    rows = [dict(difficulty=run.task.difficulty(p), reward=r, correct=bool(c), formatted=bool(f), truncated=bool(t), length=n, prompt=run.task.prompt(p), response=text)
+            for p, r, c, f, t, n, text in zip(batch['problems'], batch['rewards'].tolist(), batch['correct'].tolist(), batch['formatted'].tolist(),
+                                              batch['truncated'].tolist(), batch['mask'].sum(1).tolist(), batch['texts'])]
+    rows = gather_lists(rows)
+    result = summarize(rows)
+    groups = sorted({r['difficulty'] for r in rows})
+    result['by_difficulty'] = {g: summarize([r for r in rows if r['difficulty'] == g])['accuracy'] for g in groups}
+    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{result['interval'][0]:.3f}, {result['interval'][1]:.3f}] of {len(rows)} "
+           f"({', '.join(f'{g} {a:.3f}' for g, a in result['by_difficulty'].items())}), formatted {result['formatted']:.3f}, "
+           f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
+    append('metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 1), phase='evaluation', **result))
+    for row in rows[:8]:
+        append('samples.jsonl', dict(step=run.step, **row))
+    return result
+
+
+def summarize(rows):
+    """Means of graded responses, and the Wilson 95% interval of the accuracy."""
+    n, result = len(rows), {k: sum(r[k] for r in rows) / len(rows) for k in ('reward', 'formatted', 'truncated', 'length')}
+    p, z = sum(r['correct'] for r in rows) / n, 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return dict(accuracy=p, interval=[(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)], count=n, **result)
+
+
+def draw(task, stream, step, count):
+    """This rank's share of `count` training problems, each with its generator: a function of (seed, stream, step, index)."""
+    local = range(rank * count // world_size, (rank + 1) * count // world_size)
+    rngs = [np.random.default_rng((seed, stream, step, i)) for i in local]
+    return [(task.draw(rng), rng) for rng in rngs]
+
+
+def held_out_problems(task, count):
+    """`count` different problems of the test split, or all there are; they do not depend on the run's seed."""
+    rng, found, since = np.random.default_rng((EVAL, 2025)), {}, 0
+    while len(found) < count and since < 5000:
+        problem = task.draw(rng, test=True)
+        since = 0 if task.canonical(problem) not in found else since + 1
+        found.setdefault(task.canonical(problem), problem)
+    return list(found.values())
+
+
+# -----------------------------------------------------------------------------------------------------------------------
+# Model, optimizer, ranks
+
+def build(checkpoint):
+    """The Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's state when resuming."""
+    the_task = TASKS[task](**{name: globals()[name] for name in TASK_SETTINGS[task]})
+    tokenizer = Tokenizer(checkpoint['tokenizer'] if checkpoint else the_task.tokens)
+    if tokenizer.tokens != the_task.tokens:
+        fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these settings "
+             f"({len(the_task.tokens)} tokens): use the task and the number ranges it was trained with")
+    torch.manual_seed(seed)
+    try:
+        config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
+            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
+        config.max_seq_len = max(config.max_seq_len, 32 + max_new_tokens) # prompts are shorter than 32 tokens
+        model = Transformer(config).to(device)
+    except ValueError as error:
+        fail(str(error))
+    if checkpoint:
+        model.load_state_dict(checkpoint['model'])
+    elif tokenizer.whole_numbers:
+        embed_numbers(model, tokenizer)
+    print0(f"{model.num_params():,} parameters, {len(tokenizer.tokens)} tokens in the vocabulary")
+    run = Run(the_task, tokenizer, model, sampler=model)
+    # Sampling needs whole weights in the precision that computes. On one rank in float32 the policy's own are just that.
+    if world_size > 1 or dtype != 'float32':
+        run.sampler = frozen_copy(model)
+    if world_size > 1:
+        from torch.distributed.fsdp import fully_shard
+        mesh = dist.init_device_mesh(torch.device(device).type, (world_size,))
+        for block in model.blocks:
+            fully_shard(block, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+    if compile:
+        model.compile(dynamic=True)
+    run.optimizers = make_optimizers(model, warmup_learning_rate, warmup_muon_learning_rate)
+    if init_from == 'resume':
+        restore(run, checkpoint)
+    return run
+
+
+@torch.no_grad()
+def embed_numbers(model, tokenizer):
+    """Tokens that are numbers start as sines and cosines of their value (after FoNE, arXiv 2502.09741). Adding then is turning,
+    which the model learns in minutes; from random vectors it has to discover the order of the numbers first."""
+    ids = torch.tensor([i for i, token in enumerate(tokenizer.tokens) if token.isdigit()], device=device)
+    numbers = torch.tensor([float(t) for t in tokenizer.tokens if t.isdigit()], device=device)
+    angles = numbers[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400], device=device)
+    waves = torch.cat((angles.cos(), angles.sin()), dim=1) # (numbers, 20), each row of length sqrt(10)
+    directions = torch.randn(waves.size(1), model.config.d_model, device=device) / math.sqrt(10)
+    model.embed.weight[ids] = 0.02 * waves @ directions + 0.25 * model.embed.weight[ids]
+
+
+def frozen_copy(model):
+    """A whole copy of the policy that never trains, in the precision that computes."""
+    whole = Transformer(model.config).to(device, getattr(torch, dtype)).requires_grad_(False)
+    copy_weights(model, whole)
+    return whole
+
+
+@torch.no_grad()
+def copy_weights(model, whole):
+    """Bring the weights of the policy, sharded or not, to a whole copy."""
+    for source, target in zip(model.parameters(), whole.parameters()):
+        target.copy_(source.full_tensor() if hasattr(source, 'full_tensor') else source)
+
+
+def make_optimizers(model, lr, muon_lr):
+    """AdamW on float32 master weights, and Muon for the matrices of the blocks where muon_lr is not 0. The value head is a
+    small regression beside the policy, with a learning rate of its own."""
+    head, matrices, rest = [], [], []
+    for name, p in model.named_parameters():
+        (head if name.startswith('value_head') else matrices if muon_lr and p.dim() == 2 and 'blocks' in name else rest).append(p)
+    groups = [dict(params=rest, lr=lr, initial_lr=lr), dict(params=head, lr=value_learning_rate, initial_lr=value_learning_rate)]
+    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
+    return [adamw, Muon([dict(params=matrices, lr=muon_lr, initial_lr=muon_lr)])] if matrices else [adamw]
+
+
+class Muon(torch.optim.Optimizer):
+    """
+    Momentum whose update is made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024), so that every direction
+    of a matrix learns equally fast. torch.optim.Muon is the same in bfloat16, which most CPUs compute slower than float32.
+    """
+
+    def __init__(self, groups, momentum=0.95):
+        super().__init__(groups, dict(momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group['params']:
+                if p.grad is None:
+                    continue
+                average = self.state[p].setdefault('average', torch.zeros_like(p))
+                average.lerp_(p.grad, 1 - group['momentum'])
+                update = p.grad.lerp(average, group['momentum']) # Nesterov
+                whole = update.full_tensor() if hasattr(update, 'full_tensor') else update # a shard is no matrix
+                whole = orthogonalize(whole) * max(1, p.size(0) / p.size(1)) ** 0.5
+                if hasattr(p, 'device_mesh'):
+                    whole = distribute_tensor(whole, p.device_mesh, p.placements)
+                p.add_(whole, alpha=-group['lr'])
+
+
+def orthogonalize(x, steps=5):
+    """The nearest matrix with singular values of about 1 (0.7 to 1.2 is good enough), by Newton-Schulz."""
+    wide = x if x.size(0) <= x.size(1) else x.T
+    wide = wide / (wide.norm() + 1e-7)
+    for _ in range(steps):
+        gram = wide @ wide.T
+        wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
+    return wide if x.size(0) <= x.size(1) else wide.T
+
+
+def optimizer_step(run):
+    """Clip, step, clear; returns the gradient's norm before clipping. A gradient that is not finite changes nothing."""
+    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
+    norm = (norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item()
+    run.bad_steps = 0 if math.isfinite(norm) else run.bad_steps + 1
+    if run.bad_steps == 0:
+        for optimizer in run.optimizers:
+            optimizer.step()
+    elif run.bad_steps == 5:
+        fail(f"the gradient was not finite in 5 steps in a row, up to step {run.step}: lower --learning_rate; "
+             f"the last checkpoint in {out_dir} is good")
+    run.model.zero_grad()
+    if run.sampler is not run.model:
+        copy_weights(run.model, run.sampler)
+    return norm
+
+
+def autocast():
+    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
+
+
+def all_sum(x):
+    """The sum over the ranks of a tensor or number."""
+    x = torch.as_tensor(x, device=device).clone()
+    if world_size > 1:
+        dist.all_reduce(x)
+    return x
+
+
+def gather_lists(rows):
+    """One list of what every rank has, in the order of the ranks."""
+    if world_size == 1:
+        return rows
+    lists = [None] * world_size
+    dist.all_gather_object(lists, rows)
+    return [row for part in lists for row in part]
+
+
+# -----------------------------------------------------------------------------------------------------------------------
+# Settings, checkpoints, records
+
+def configure(argv):
+    """Settle every setting: defaults, then those stored in a checkpoint that is resumed, then the command line, then AUTO.
+    Sets the globals; returns the checkpoint to start from, or None."""
+    given = parse_arguments(argv)
+    globals().update(given)
+    global rank, world_size, out_dir, device, dtype
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
+    if task not in TASKS:
+        fail(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
+    out_dir = out_dir or os.path.join('out', task)
+    there = checkpoints(out_dir)
+    checkpoint = None
+    if init_from == 'resume':
+        if not there:
+            fail(f"nothing to resume: there is no checkpoint in {out_dir}")
+        checkpoint = load_checkpoint(there[-1])
+        globals().update({k: v for k, v in checkpoint['settings'].items() if k not in ('out_dir', 'init_from')} | given)
+    else:
+        if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
+            fail(f"{out_dir} already holds a run: continue it with --init_from=resume, or choose another --out_dir")
+        if init_from != 'scratch':
+            checkpoint = load_checkpoint(init_from)
+            globals().update({k: v for k, v in checkpoint['settings'].items() if k in TASK_SETTINGS[task]} | given)
+    choose_device()
+    kind = 'cpu' if device == 'cpu' else 'gpu'
+    auto = {**MACHINE[kind], **AUTO[task, kind]}
+    if checkpoint and init_from != 'resume':
+        auto['warmup_steps'] = -1
+    chosen = {name: auto[name] for name in SETTINGS if name in auto and not globals()[name]}
+    globals().update(chosen)
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
+    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, {world_size} rank(s), torch {torch.__version__}")
+    print0(f"chosen for {task} on this machine ({kind}): " + ', '.join(f'{k}={v}' for k, v in chosen.items()))
+    for name in ('warmup_steps', 'max_steps'):
+        globals()[name] = max(0, globals()[name])
+    check_settings()
+    return checkpoint
+
+
+def parse_arguments(argv):
+    """--name=value or --name value for each setting, typed by its default; --help prints them with their comments."""
+    if '--help' in argv or '-h' in argv:
+        source = open(__file__).read().partition('# ---- end of settings')[0]
+        comments = re.findall(r'^(\w+) = (.+?) # (.+)$|^# (.+)$', source[source.index('# ---- settings'):], re.M)
+        print0(__doc__ + '\n' + '\n'.join(f'  --{name}={default}\n        {comment}' if name else heading.strip('- ')
+                                          for name, default, comment, heading in comments))
+        sys.exit()
+    given, words = {}, list(argv)
+    while words:
+        word = words.pop(0)
+        name, equals, value = word.removeprefix('--').partition('=')
+        if not word.startswith('--') or name not in SETTINGS:
+            close = difflib.get_close_matches(name, SETTINGS, n=1)
+            fail(f"unknown setting {word!r}{f'; did you mean --{close[0]}?' if close else ''} (python train.py --help lists all)")
+        if not equals and not words:
+            fail(f"--{name} needs a value, as in --{name}={SETTINGS[name]}")
+        value, kind = value if equals else words.pop(0), type(SETTINGS[name])
+        try:
+            given[name] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
+        except (KeyError, ValueError):
+            fail(f"--{name} takes {dict(bool='True or False', int='a whole number', float='a number')[kind.__name__]}, not {value!r}")
+    return given
+
+
+def choose_device():
+    """Pick device and precision, join the other ranks, share out the cores."""
+    global device, dtype
+    if device == 'auto':
+        device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    try:
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
+    if device == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ: # torchrun gives each of several processes one thread
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ['LOCAL_WORLD_SIZE'])))
+    if device == 'cuda':
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
+    if dtype == 'auto':
+        dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+    if world_size > 1 and not dist.is_initialized():
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+
+
+def check_settings():
+    """One line for every combination of settings that cannot work."""
+    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16'))
+    for name, allowed in choices.items():
+        if globals()[name] not in allowed:
+            fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
+    for name in ('batch_size', 'warmup_batch_size', 'num_train_samples', 'max_new_tokens', 'num_responses_per_prompt', 'num_eval_samples',
+                 'micro_batch_tokens', 'rollout_rows', 'eval_interval', 'checkpoint_interval', 'max_number', 'max_target', 'max_factor'):
+        if globals()[name] < 1:
+            fail(f"--{name} must be at least 1, not {globals()[name]}")
+    for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate', 'value_learning_rate', 'grad_clip'):
+        if not 0 < globals()[name] < math.inf:
+            fail(f"--{name} must be above 0, not {globals()[name]}" + (
+                "; sampling is what A*PO learns from, only --eval_temperature may be 0" if name == 'temperature' else ''))
+    if not 2 <= min_numbers <= max_numbers <= 6:
+        fail(f"countdown takes 2 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
+    if not 0 <= partial_credit < 1:
+        fail(f"--partial_credit must be at least 0 and below 1, not {partial_credit}")
+    if eval_temperature < 0:
+        fail(f"--eval_temperature must be 0 (greedy) or above, not {eval_temperature}")
+    unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
+    if batch_size % unit or warmup_batch_size % world_size or num_train_samples % world_size:
+        fail(f"--batch_size={batch_size} must be a multiple of {unit} (ranks{' x num_responses_per_prompt' if algorithm == 'grpo' else ''}), "
+             f"--warmup_batch_size={warmup_batch_size} and --num_train_samples={num_train_samples} of {world_size}")
+
+
+def checkpoints(folder):
+    """The paths of the checkpoints in a run's folder, oldest first; the final model counts as the newest."""
+    if not os.path.isdir(folder):
+        return []
+    steps = sorted(int(m[1]) for m in map(re.compile(r'checkpoint_step_(\d+)\.pt').fullmatch, os.listdir(folder)) if m)
+    paths = [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
+    final = os.path.join(folder, 'tinyzero_astarpo_final.pt')
+    return paths + [final] if os.path.exists(final) else paths
+
+
+def load_checkpoint(path):
+    """Read and verify a checkpoint of ours. One line and exit when it is missing, damaged or something else."""
+    if not os.path.isfile(path):
+        fail(f"no such checkpoint: {path}")
+    try:
+        with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
+            damaged = archive.testzip()
+        if damaged:
+            fail(f"{path} is damaged ({damaged}): use an older checkpoint")
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
+    except SystemExit:
+        raise
+    except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
+        fail(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): use another one")
+    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
+        fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
+    return checkpoint
+
+
+def save_checkpoint(run, name=None):
+    """Write all of the run's state to a temporary file, flush it, rename it: a checkpoint is whole or not there.
+    Every rank takes part, because sharded weights are gathered; rank 0 writes."""
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(run.model, options=options)
+    optimizer = get_optimizer_state_dict(run.model, run.optimizers, options=options)
+    if rank:
+        return
+    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, config=dataclasses.asdict(run.model.config),
+                      tokenizer=run.tokenizer.tokens, model=weights, optimizer=optimizer, values=run.values, step=run.step,
+                      seconds=run.seconds, warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps,
+                      reference=run.reference and run.reference.state_dict(),
+                      base=None if run.base is run.reference else run.base.state_dict())
+    path = os.path.join(out_dir, name or f'checkpoint_step_{run.step}.pt')
+    try:
+        with open(path + '.tmp', 'wb') as file:
+            torch.save(checkpoint, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + '.tmp', path)
+    except (OSError, RuntimeError) as error: # torch reports a full disk as a RuntimeError
+        if os.path.exists(path + '.tmp'):
+            os.remove(path + '.tmp')
+        fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); earlier checkpoints are whole")
+
+
+def load_run(path, **changes):
+    """The model, task and tokenizer of a checkpoint, with its settings, ready to respond: what sample.py needs of a Run."""
+    checkpoint = load_checkpoint(path)
+    globals().update(checkpoint['settings'] | dict(dtype='auto', compile=False, init_from=path) | changes)
+    choose_device()
+    run = build(checkpoint)
+    run.step = checkpoint['step']
+    return run
+
+
+def restore(run, checkpoint):
+    """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
+    for name in ('step', 'seconds', 'warmup_accuracy', 'bad_steps'):
+        setattr(run, name, checkpoint[name])
+    run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device)
+    if checkpoint['reference']:
+        run.reference = frozen_copy(run.model)
+        run.reference.load_state_dict(checkpoint['reference'])
+        run.base = run.reference
+        if checkpoint['base']:
+            run.base = frozen_copy(run.model)
+            run.base.load_state_dict(checkpoint['base'])
+        run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
+    options = StateDictOptions(full_state_dict=True)
+    set_optimizer_state_dict(run.model, run.optimizers, checkpoint['optimizer'], options=options)
+    if rank == 0: # what was logged after the checkpoint will be logged again
+        for name in ('metrics.jsonl', 'samples.jsonl'):
+            lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
+            with open(os.path.join(out_dir, name), 'w') as file:
+                file.writelines(line for line in lines if json.loads(line)['step'] <= run.step)
+    print0(f"resuming at step {run.step}")
+
+
+def checkpoint_if_due(run):
+    if run.step % checkpoint_interval == 0:
+        save_checkpoint(run)
+
+
+def report(run, phase, every=1, **metrics):
+    """The metrics of a step to metrics.jsonl, and one line to read, with the time left."""
+    append('metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
+    first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
+    run.recent = (run.recent + [time.time()])[-20:] if run.step > first + 1 else [time.time()]
+    if (run.step - first) % every and run.step not in (first + 1, last):
+        return
+    pace = (run.recent[-1] - run.recent[0]) / max(1, len(run.recent) - 1)
+    left = f"{pace * (last - run.step) / 60:.1f} min left"
+    if phase == 'warm-up':
+        text = f"loss {metrics['loss']:.3f}"
+    else:
+        text = (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  length {metrics['length']:.0f}  "
+                f"truncated {metrics['truncated']:.2f}  {metrics['tokens'] / sum(v for k, v in metrics.items() if k.startswith('seconds_')):,.0f} tokens/s")
+    print0(f"{phase} {run.step - first}/{last - first}  {text}  {run.seconds / 60:.1f} min, {left}")
+
+
+def append(name, row):
+    """One JSON line to a file in out_dir, by rank 0."""
+    if rank == 0:
+        with open(os.path.join(out_dir, name), 'a') as file:
+            file.write(json.dumps(row) + '\n')
+
+
+def finish(run):
+    """The final evaluation, model, summary and curves."""
+    result = evaluate(run, 'at the end', num_eval_samples)
+    save_checkpoint(run, 'tinyzero_astarpo_final.pt')
+    if rank:
+        return
+    git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'], capture_output=True, text=True)
+    summary = dict(task=task, accuracy=result['accuracy'], interval_95=result['interval'], accuracy_by_difficulty=result['by_difficulty'],
+                   average_reward=result['reward'], accuracy_after_warmup=run.warmup_accuracy, num_eval_samples=result['count'],
+                   formatted=result['formatted'], truncated=result['truncated'], response_length=result['length'],
+                   parameters=run.model.num_params(), steps=run.step, seconds=round(run.seconds, 1), ranks=world_size,
+                   settings={k: globals()[k] for k in SETTINGS}, git_commit=git.stdout.strip() or None,
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
+                   machine=f'{platform.machine()}, {torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name())
+    with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
+        json.dump(summary, file, indent=2)
+    from sample import plot_runs
+    try:
+        plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
+    except SystemExit as missing:
+        print0(f"no curves.png: {missing}")
+    print0(f"{run.seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, {result['accuracy']:.3f} at the end. "
+           f"See {out_dir}; now try: python sample.py")
+
+
+def print0(*words, **options):
+    if rank == 0:
+        print(*words, flush=True, **options)
+
+
+def fail(message):
+    """End the program with one line and exit status 1."""
+    sys.exit(f'error: {message}' if rank == 0 else 1)
+
+
+if __name__ == '__main__':
+    main()
