@@ -168,25 +168,39 @@ class Countdown(Task):
     def demonstration(self, problem, rng):
         """
         A random search: operations at random on numbers at random, again and again, until the target happens to come out
-        or the attempts are used up; then the last attempt is the answer, right or wrong. Nothing guides it: what to try,
-        what to leave and when to go on is for A*PO to find out. Some attempts are abandoned half way, as an option to learn.
+        or the attempts are used up; then the last attempt is the answer, right or wrong. Some attempts are abandoned half
+        way. No solver guides it: what to try, what to leave and how long to go on is for A*PO to find out. It is the first
+        of four such searches that succeeds, or the last, so that endings are seen often enough to be learned.
         """
-        lines = []
-        for attempts_left in reversed(range(rng.integers(1, self.max_attempts + 1))):
-            line, pool = '', [(n, str(n)) for n in problem.numbers]
-            while len(pool) > 1:
-                i, j = rng.choice(len(pool), 2, replace=False)
-                (x, x_text), (y, y_text) = max(pool[i], pool[j]), min(pool[i], pool[j])
-                choices = [o for o in operations(x, y) if o[3] <= self.largest]
-                a, operator, b, result = choices[rng.integers(len(choices))]
-                line += f"{' ' if line else ''}{a}{operator}{b}={result}"
-                pool = [p for k, p in enumerate(pool) if k not in (i, j)] + [(result, f'({x_text}{operator}{y_text})')]
-                if len(pool) > 1 and attempts_left and rng.random() < 0.2:
-                    break
-            lines.append(line)
-            if len(pool) == 1 and pool[0][0] == problem.target:
+        for _ in range(4):
+            thinking, answer, solved = self.search(problem, rng)
+            if solved:
                 break
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{pool[0][1].removeprefix("(").removesuffix(")")}{END_ANSWER}'
+        return f'{thinking}{END_THINK}{ANSWER}{answer}{END_ANSWER}'
+
+    def search(self, problem, rng):
+        """One random search -> (its lines, the last attempt as an expression, whether it is right)."""
+        uniform = iter(rng.random(8 * self.max_attempts * len(problem.numbers)).tolist()) # one call is faster than many
+        pick = lambda n: int(next(uniform) * n)
+        lines = ''
+        for attempts_left in reversed(range(1 + pick(self.max_attempts))):
+            pool = [(n, str(n)) for n in problem.numbers]
+            while len(pool) > 1:
+                (x, x_text), (y, y_text) = sorted((pool.pop(pick(len(pool))), pool.pop(pick(len(pool)))), reverse=True)
+                choices = [o for o in operations(x, y) if o[3] <= self.largest]
+                a, operator, b, result = choices[pick(len(choices))]
+                pool.append((result, f'({x_text}{operator}{y_text})' if len(pool) else f'{x_text}{operator}{y_text}'))
+                lines += f"{a}{operator}{b}={result}{' ' if len(pool) > 1 else ''}"
+                if len(pool) > 1 and attempts_left and next(uniform) < 0.2:
+                    break
+            solved = len(pool) == 1 and pool[0][0] == problem.target
+            # An attempt ends with its distance to the target: to compare is the hardest thing to learn in this trace, and
+            # this way every attempt teaches it, not only the rare one that succeeds.
+            lines += f' {abs(pool[0][0] - problem.target)}' if len(pool) == 1 else ''
+            if solved:
+                break
+            lines = lines.removesuffix(' ') + '\n'
+        return lines, pool[0][1], solved
 
     def grade(self, problem, response):
         answer = extract_answer(response)

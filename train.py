@@ -9,6 +9,7 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
 
 Every setting below can be given as --name=value or --name value; --help lists them.
 """
+import ctypes
 import dataclasses
 import difflib
 import json
@@ -16,6 +17,7 @@ import math
 import os
 import platform
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -105,6 +107,7 @@ TASK_SETTINGS = {
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 rank, world_size = 0, 1
+stop_signal = 0 # the number of the signal that asked this process to stop
 
 
 @dataclasses.dataclass
@@ -129,6 +132,8 @@ def main():
     checkpoint = configure(sys.argv[1:])
     run = build(checkpoint)
     started = time.time() - run.seconds
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, request_stop)
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
@@ -620,6 +625,10 @@ def choose_device():
         fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
     if device == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ: # torchrun gives each of several processes one thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ['LOCAL_WORLD_SIZE'])))
+    if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
+        # Keep freed memory for the next tensor instead of giving it back: a fifth faster (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
+        for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):
+            ctypes.CDLL(None).mallopt(parameter, value)
     if device == 'cuda':
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         torch.cuda.set_device(device)
@@ -745,8 +754,19 @@ def restore(run, checkpoint):
 
 
 def checkpoint_if_due(run):
-    if run.step % checkpoint_interval == 0:
+    """A checkpoint every checkpoint_interval steps, and before leaving when a signal asked for that."""
+    stop = all_sum(stop_signal).item() # every rank must come to the same decision
+    if stop or run.step % checkpoint_interval == 0:
         save_checkpoint(run)
+    if stop:
+        fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume --out_dir={out_dir}")
+
+
+def request_stop(number, frame):
+    """Ctrl-C and SIGTERM finish the step and save; a second Ctrl-C leaves at once."""
+    global stop_signal
+    stop_signal = number
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def report(run, phase, every=1, **metrics):
