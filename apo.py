@@ -15,9 +15,10 @@ Left out on purpose: importance ratios and clipping (responses come from the cur
 (r - V* is the target itself, its scale means something), a KL penalty (it is inside the square), a critic at every
 token. Added: a value head that learns V* (formula 1 as a regression), so that prompts can be new at every step.
 
-Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They differ, so the loss does not
-go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that of
-REINFORCE on  r - beta2 log(pi / pi_ref)  with V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
+Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They differ, so the loss
+does not go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that
+of REINFORCE on  r - beta2 log(pi / pi_ref)  with V* as the baseline, whatever V* is: a poor V* costs variance, not
+bias.
 """
 import math
 
@@ -43,9 +44,9 @@ def apo_loss(logprobs, ref_logprobs, rewards, values, beta2):
     """
     Optimal Advantage Regression (formula 2). All arguments (B,); logprobs carries the gradient -> scalar.
 
-    Zero exactly when beta2 (logprobs - ref_logprobs) = rewards - values. Divided by 2 beta2, which leaves the minimum where
-    it is and brings the gradient to the scale of a policy gradient, (V* - r + beta2 log-ratio) grad log pi: so learning
-    rate and gradient clipping mean what they mean elsewhere.
+    Zero exactly when beta2 (logprobs - ref_logprobs) = rewards - values. Divided by 2 beta2, which leaves the minimum
+    where it is and brings the gradient to the scale of a policy gradient, (V* - r + beta2 log-ratio) grad log pi: so
+    learning rate and gradient clipping mean what they mean elsewhere.
     """
     residual = beta2 * (logprobs - ref_logprobs) - (rewards - values) # (B,)
     return residual.square().mean() / (2 * beta2)
@@ -53,8 +54,9 @@ def apo_loss(logprobs, ref_logprobs, rewards, values, beta2):
 
 def value_loss(values, rewards, beta1):
     """
-    Regression of the value head on V* (Gumbel regression, arXiv 2301.02328): at its minimum E[exp((r - V) / beta1)] = 1,
-    which is formula 1. It needs no groups: the mean over samples of one prompt, or one sample of each of many, will do.
+    Regression of the value head on V* (Gumbel regression, arXiv 2301.02328): at its minimum
+    E[exp((r - V) / beta1)] = 1, which is formula 1. It needs no groups: the mean over samples of one prompt, or one
+    sample of each of many, will do.
 
     values (B,) with gradient, rewards (B, N) with any N -> scalar, 0 at best.
     """
@@ -63,13 +65,15 @@ def value_loss(values, rewards, beta1):
 
 
 def group_advantages(rewards):
-    """GRPO's advantage: the reward standardised within the group of responses to one prompt. (prompts, N) -> (prompts, N)."""
+    """GRPO's advantage: the reward standardised within the group of responses to one prompt.
+    (prompts, N) -> (prompts, N)."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """
-    GRPO, to compare with (DeepSeekMath, arXiv 2402.03300; no KL term and a mean over all tokens, as in DAPO, arXiv 2503.14476).
+    GRPO, to compare with (DeepSeekMath, arXiv 2402.03300; no KL term and a mean over all tokens, as in DAPO,
+    arXiv 2503.14476).
 
     The ratio to the policy that sampled is clipped at every token. logprobs with gradient, old_logprobs, mask (B, T),
     advantages (B,) -> scalar.

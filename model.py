@@ -45,15 +45,17 @@ class ModelConfig:
 
 # Named sizes. The published configuration is advertised as 50M; with SwiGLU's three matrices it is 201M.
 SIZES = {
-    'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=1, d_ff=384), # 0.8M, for a laptop; one key head halves the time of sampling
+    # 0.8M, for a laptop; one key head halves the time of sampling
+    'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=1, d_ff=384),
     '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, d_ff=2048),
     'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
 }
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, allocated once: (n_layers, B, n_kv_heads, max_len, head_dim).
-    All rows are at the same position (see generate), so no mask is needed to read it."""
+    """Keys and values of every layer for the positions seen so far, allocated once:
+    (n_layers, B, n_kv_heads, max_len, head_dim). All rows are at the same position (see generate), so no mask is
+    needed to read it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
@@ -81,7 +83,8 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = layer, config.n_heads, config.n_kv_heads, config.head_dim
+        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = (
+            layer, config.n_heads, config.n_kv_heads, config.head_dim)
         qkv_width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
         self.wqkv = nn.Linear(config.d_model, qkv_width, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
@@ -100,14 +103,16 @@ class Attention(nn.Module):
             q = q.view(B, self.n_kv_heads, -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, k, v)
         else:
-            assert k.size(2) == T, f"only the first forward with a cache may hold several tokens, got {T} after {k.size(2) - T}"
+            assert k.size(2) == T, ("only the first forward with a cache may hold several tokens, "
+                                    f"got {T} after {k.size(2) - T}")
             y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads)
             y = y.transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama. x: (B, heads, T, head_dim)."""
+    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama.
+    x: (B, heads, T, head_dim)."""
     a, b = x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
 
@@ -151,8 +156,10 @@ class Transformer(nn.Module):
             if name.endswith('bias'):
                 nn.init.zeros_(p)
             elif p.dim() == 2:
-                # matrices that write to the residual stream start smaller, so that its variance does not grow with depth
-                scale = 1 / math.sqrt(2 * self.config.n_layers) if name.endswith(('wo.weight', 'w_down.weight')) else 1.0
+                # matrices that write to the residual stream start smaller, so that its variance
+                # does not grow with depth
+                to_residual = name.endswith(('wo.weight', 'w_down.weight'))
+                scale = 1 / math.sqrt(2 * self.config.n_layers) if to_residual else 1.0
                 nn.init.normal_(p, std=0.02 * scale)
         nn.init.zeros_(self.value_head.weight)
 
@@ -193,17 +200,18 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
     Returns tokens (B, T), each row its prompt, its response and then eos as padding, and mask (B, T), True at sampled
     positions up to and including the first eos. A row without eos under its mask ran into max_new_tokens.
 
-    No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the shortest
-    has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave the batch.
-    The noise is one uniform number per row and response token, drawn in advance: what a row samples does not depend on
-    which other rows are still running.
+    No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the
+    shortest has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave
+    the batch. The noise is one uniform number per row and response token, drawn in advance: what a row samples does
+    not depend on which other rows are still running.
     """
     device = model.embed.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
     B, T = len(prompts), longest + max_new_tokens
     if T > model.config.max_seq_len:
-        raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} do not fit max_seq_len={model.config.max_seq_len}")
+        raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
+                         f"do not fit max_seq_len={model.config.max_seq_len}")
     tokens = torch.full((B, T), eos, device=device)
     for row, prompt in zip(tokens, prompts):
         row[:len(prompt)] = torch.tensor(prompt, device=device)
@@ -241,4 +249,5 @@ def sample(logits, temperature, uniform):
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1) # (B, V)
     # The first token whose cumulative probability exceeds the draw; one of probability 0 can never be it.
-    return torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1).clamp(max=logits.size(-1) - 1)
+    token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
+    return token.clamp(max=logits.size(-1) - 1)

@@ -3,7 +3,7 @@ See what a trained model does.
 
     python sample.py                                  # five held-out problems, then yours, line by line
     python sample.py --prompt="3 5 7 = 22" --num_samples=16
-    python sample.py --eval                           # grade the held-out problems, write the result beside the checkpoint
+    python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
 Takes the newest run under out/, else the models in assets/; --checkpoint=PATH names one.
@@ -16,18 +16,20 @@ import os
 import sys
 
 import train
-from model import generate
-from tasks import END_THINK, EOS, extract_answer, reachable
+from tasks import END_THINK, extract_answer, reachable
 
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     allow_abbrev=False)
     parser.add_argument('--checkpoint', help='a checkpoint (default: the newest under out/, else assets/)')
     parser.add_argument('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
-    parser.add_argument('--eval', action='store_true', help='grade held-out problems and write sample_eval.json beside the checkpoint')
-    parser.add_argument('--num_problems', type=int, default=0, help='held-out problems to draw (default: 5, or 2000 with --eval)')
+    parser.add_argument('--eval', action='store_true',
+                        help='grade held-out problems and write sample_eval.json beside the checkpoint')
+    parser.add_argument('--num_problems', type=int, default=0,
+                        help='held-out problems to draw (default: 5, or 2000 with --eval)')
     parser.add_argument('--num_samples', type=int, default=1, help='responses to each problem')
     parser.add_argument('--temperature', type=float, help='0 is greedy (default: the eval_temperature of the run)')
     parser.add_argument('--max_new_tokens', type=int, help='longest response (default: that of the run)')
@@ -39,11 +41,14 @@ def main():
     if args.plot:
         plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
-    if args.num_samples < 1 or args.num_problems < 0 or (args.temperature or 0) < 0 or args.max_new_tokens is not None and args.max_new_tokens < 1:
-        train.fail("--num_samples and --max_new_tokens must be at least 1, --num_problems and --temperature not below 0")
+    if args.num_samples < 1 or args.num_problems < 0 or (args.temperature or 0) < 0 \
+            or args.max_new_tokens is not None and args.max_new_tokens < 1:
+        train.fail("--num_samples and --max_new_tokens must be at least 1, "
+                   "--num_problems and --temperature not below 0")
 
     path = args.checkpoint or newest_checkpoint()
-    run = train.load_run(path, seed=args.seed, device=args.device, **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
+    run = train.load_run(path, seed=args.seed, device=args.device,
+                         **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
     temperature = train.eval_temperature if args.temperature is None else args.temperature
     print(f'{path}: {train.task}, {run.model.num_params():,} parameters, step {run.step}, temperature {temperature}')
     if args.eval:
@@ -82,7 +87,7 @@ def show(run, problems, num_samples, temperature):
     verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
     for i, (problem, solved) in enumerate(zip(problems, verdicts)):
         rows = range(i * num_samples, (i + 1) * num_samples)
-        best = max(rows, key=lambda row: batch['rewards'][row].item())
+        best = max(rows, key=lambda row: batch['reward'][row].item())
         thinking, _, _ = batch['texts'][best].partition(END_THINK)
         truncated, answer = bool(batch['truncated'][best]), extract_answer(batch['texts'][best])
         print(f"\nproblem   {run.task.prompt(problem).removesuffix('<think>')}")
@@ -90,9 +95,11 @@ def show(run, problems, num_samples, temperature):
             print("          (cannot be solved by whole-number steps)")
         print('thinking  ' + thinking.replace('\n', '\n          '))
         print(f'answer    {"none" if answer is None else answer}')
-        verdict = 'correct' if batch['correct'][best] else f'cut off after {train.max_new_tokens} tokens' if truncated else \
+        verdict = 'correct' if batch['correct'][best] else \
+            f'cut off after {train.max_new_tokens} tokens' if truncated else \
             'wrong' if batch['formatted'][best] else 'not in the format'
-        print(f'verdict   {verdict}' + (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))
+        print(f'verdict   {verdict}' +
+              (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))
     if len(problems) > 1 or num_samples > 1:
         print('\n' + summary_line(verdicts, num_samples))
 
@@ -115,26 +122,20 @@ def play(run, temperature):
 
 def evaluate(run, path, count, num_samples, temperature):
     """Grade held-out problems; the numbers also go to sample_eval.json beside the checkpoint."""
-    problems = train.held_out_problems(run.task, count)
-    batch, seconds = train.rollout(run, problems, train.EVAL, temperature, num_samples)
-    verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
-    groups = {}
-    for problem, solved in zip(problems, verdicts):
-        groups.setdefault(run.task.difficulty(problem), []).append(solved / num_samples)
-    result = dict(checkpoint=path, task=train.task, temperature=temperature, num_problems=len(problems), num_samples=num_samples,
-                  accuracy=sum(verdicts) / len(verdicts) / num_samples, accuracy_by_difficulty={g: sum(v) / len(v) for g, v in sorted(groups.items())},
-                  formatted=batch['formatted'].mean().item(), truncated=batch['truncated'].mean().item(),
-                  response_length=batch['mask'].sum(1).float().mean().item(), seconds=round(sum(seconds.values()), 1))
+    result, rows = train.evaluate(run, count, temperature, num_samples)
+    verdicts = [int(sum(row['correct'] for row in rows[i:i + num_samples])) for i in range(0, len(rows), num_samples)]
     print(summary_line(verdicts, num_samples))
-    print(', '.join(f'{group} {accuracy:.3f}' for group, accuracy in result['accuracy_by_difficulty'].items()))
+    print(', '.join(f'{group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items()))
     target = os.path.join(os.path.dirname(path), 'sample_eval.json')
     with open(target, 'w') as file:
-        json.dump(result, file, indent=2)
+        json.dump(dict(checkpoint=path, task=train.task, temperature=temperature, num_problems=len(verdicts),
+                       num_samples=num_samples, **result), file, indent=2)
     print(f'wrote {target}')
 
 
 def plot_runs(folders, path):
-    """Reward and held-out accuracy, response length, KL, and where the time goes, against wall time, runs over each other."""
+    """Reward and held-out accuracy, response length, KL, and where the time goes, against wall time,
+    runs over each other."""
     try:
         import matplotlib
     except ImportError:
@@ -150,7 +151,8 @@ def plot_runs(folders, path):
             raise SystemExit(f"error: {folder} holds no metrics.jsonl, so it is not the folder of a run")
         minutes = lambda rows: [row['seconds'] / 60 for row in rows]
         steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
-        evaluations, warm_up = [row for row in rows if row['phase'] == 'evaluation'], [row for row in rows if row['phase'] == 'warm-up']
+        evaluations, warm_up = ([row for row in rows if row['phase'] == 'evaluation'],
+                                [row for row in rows if row['phase'] == 'warm-up'])
         axes[0, 0].plot(minutes(steps), [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
         axes[0, 0].plot(minutes(evaluations), [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
         axes[0, 1].plot(minutes(steps), [row['length'] for row in steps], color=color, label=name)
@@ -164,7 +166,8 @@ def plot_runs(folders, path):
                 top = [a + row['seconds_' + part] for a, row in zip(left, steps)]
                 axes[1, 1].fill_between(minutes(steps), left, top, label=part, hatch=hatch, lw=0, alpha=0.7)
                 left = top
-    for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens', 'KL to the reference',
+    for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
+                                       'KL to the reference',
                                        f'seconds per step ({os.path.basename(os.path.normpath(folders[0]))})')):
         axis.set(title=title, xlabel='minutes (warm-up shaded)')
         axis.grid(alpha=0.3)

@@ -23,8 +23,9 @@ WHITE = r'[ \t\r\n]*'
 
 class Tokenizer:
     """
-    A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10' among them), a number is one
-    token and a single space between two numbers is implied by their being neighbours; else numbers are spelt in digits.
+    A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10' among them), a number
+    is one token and a single space between two numbers is implied by their being neighbours; else numbers are spelt
+    in digits.
     """
 
     def __init__(self, tokens):
@@ -93,7 +94,7 @@ class Task:
         return problem
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # Countdown
 
 class CountdownProblem(NamedTuple):
@@ -103,7 +104,8 @@ class CountdownProblem(NamedTuple):
 
 @functools.cache
 def reachable(numbers):
-    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), as a frozenset; exact."""
+    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), as a
+    frozenset; exact."""
     if len(numbers) == 1:
         return frozenset(numbers)
     values = set()
@@ -132,8 +134,9 @@ class Countdown(Task):
     would favour targets with many solutions and make the puzzles easier.
     """
 
-    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0, max_attempts=8):
-        self.min_numbers, self.max_numbers, self.max_number, self.max_target = min_numbers, max_numbers, max_number, max_target
+    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0, max_attempts=16):
+        self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
+            min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
         self.max_attempts = max_attempts # of a demonstration
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
@@ -167,10 +170,11 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A random search: operations at random on numbers at random, again and again, until the target happens to come out
-        or the attempts are used up; then the last attempt is the answer, right or wrong. Some attempts are abandoned half
-        way. No solver guides it: what to try, what to leave and how long to go on is for A*PO to find out. It is the first
-        of four such searches that succeeds, or the last, so that endings are seen often enough to be learned.
+        A random search: operations at random on numbers at random, again and again, until the target happens to come
+        out or the attempts are used up; then the last attempt is the answer, right or wrong. Some attempts are
+        abandoned half way. No solver guides it: what to try, what to leave and how long to go on is for A*PO to find
+        out. It is the first of four such searches that succeeds, or the last, so that endings are seen often enough
+        to be learned.
         """
         for _ in range(4):
             thinking, answer, solved = self.search(problem, rng)
@@ -194,8 +198,8 @@ class Countdown(Task):
                 if len(pool) > 1 and attempts_left and next(uniform) < 0.2:
                     break
             solved = len(pool) == 1 and pool[0][0] == problem.target
-            # An attempt ends with its distance to the target: to compare is the hardest thing to learn in this trace, and
-            # this way every attempt teaches it, not only the rare one that succeeds.
+            # An attempt ends with its distance to the target: to compare is the hardest thing to learn in this trace,
+            # and this way every attempt teaches it, not only the rare one that succeeds.
             lines += f' {abs(pool[0][0] - problem.target)}' if len(pool) == 1 else ''
             if solved:
                 break
@@ -224,7 +228,8 @@ def evaluate(text):
 
     Grammar: sum = product (('+' | '-') product)*; product = atom (('*' | '/') atom)*; atom = integer | '(' sum ')'.
     Integers are ASCII digits without leading zero; no signs, dots or underscores; white space only between tokens.
-    Raises ValueError on anything else. Work and depth are bounded by the 256 characters that extract_answer lets through.
+    Raises ValueError on anything else. Work and depth are bounded by the 256 characters that
+    extract_answer lets through.
     """
     tokens = re.findall(r'[0-9]+|[^ \t\r\n]', text)[::-1] # the next token is the last element
     used = []
@@ -258,7 +263,7 @@ def evaluate(text):
     return value, used
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # Multiplication
 
 class MultiplicationProblem(NamedTuple):

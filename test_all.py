@@ -25,21 +25,25 @@ from tasks import EOS, TASKS, Countdown, CountdownProblem, Multiplication, Multi
 
 train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
-TINY = ['--d_model=32', '--n_layers=2', '--n_heads=2', '--d_ff=64', '--batch_size=32', '--warmup_batch_size=16', '--num_train_samples=32',
-        '--num_eval_samples=64', '--num_responses_per_prompt=4', '--max_new_tokens=32', '--task=multiplication', '--max_factor=5']
+TINY = ['--d_model=32', '--n_layers=2', '--n_heads=2', '--d_ff=64', '--batch_size=32', '--warmup_batch_size=16',
+        '--num_train_samples=32', '--num_eval_samples=64', '--num_responses_per_prompt=4', '--max_new_tokens=32',
+        '--task=multiplication', '--max_factor=5']
 
 
 def run(*command, ranks=0, **options):
-    """A script of the repo in a process of its own, with torchrun when ranks are given; returns the finished process."""
-    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=0', '--rdzv_backend=c10d', '--rdzv_endpoint=localhost:0'] if ranks else []
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600, **options)
+    """A script of the repo in a process of its own, with torchrun when ranks are given;
+    returns the finished process."""
+    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=0', '--rdzv_backend=c10d',
+                '--rdzv_endpoint=localhost:0'] if ranks else []
+    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True,
+                          timeout=600, **options)
 
 
 def metrics(out_dir):
     return [json.loads(line) for line in open(os.path.join(out_dir, 'metrics.jsonl'))]
 
 
-# ---- apo.py -----------------------------------------------------------------------------------------------------------
+# ---- apo.py ----------------------------------------------------------------------------------------------------------
 
 def test_optimal_value_matches_the_published_table():
     table = [0, .2935, .4772, .6113, .7169, .8040, .8782, .9428, 1]
@@ -54,7 +58,8 @@ def test_optimal_value_obeys_its_identities():
     assert (optimal_value(rewards, 0.2) > values).all(), "V* falls as beta1 grows"
     assert torch.allclose(optimal_value(rewards + 2.5, 0.3), values + 2.5)
     assert torch.allclose(optimal_value(4 * rewards, 0.3), 4 * optimal_value(rewards, 0.3 / 4))
-    assert torch.allclose(optimal_value(rewards, 1e-6), rewards.amax(1), atol=1e-4), "no overflow, and the limit is the best"
+    assert torch.allclose(optimal_value(rewards, 1e-6), rewards.amax(1), atol=1e-4), \
+        "no overflow, and the limit is the best"
     assert torch.allclose(optimal_value(rewards, 1e6), rewards.mean(1), atol=1e-4)
     assert torch.allclose(optimal_value(torch.full((3, 8), 0.7), 0.5), torch.tensor(0.7))
 
@@ -102,8 +107,8 @@ def test_on_policy_gradient_is_the_policy_gradient_whatever_the_value(baseline):
     logits = torch.randn(len(ref), generator=torch.Generator().manual_seed(1), dtype=torch.float64).requires_grad_()
     logprobs = logits.log_softmax(0)
     weights = logprobs.exp().detach()
-    losses = torch.stack([apo_loss(logprobs[i:i + 1], ref.log()[i:i + 1], rewards[i:i + 1], torch.full((1,), baseline), beta2)
-                          for i in range(len(ref))])
+    losses = torch.stack([apo_loss(logprobs[i:i + 1], ref.log()[i:i + 1], rewards[i:i + 1],
+                                   torch.full((1,), baseline), beta2) for i in range(len(ref))])
     ours, = torch.autograd.grad((weights * losses).sum(), logits, retain_graph=True)
     objective = (logprobs.exp() * (rewards - beta2 * (logprobs - ref.log()))).sum()
     theirs, = torch.autograd.grad(objective, logits)
@@ -111,7 +116,8 @@ def test_on_policy_gradient_is_the_policy_gradient_whatever_the_value(baseline):
 
 
 def test_value_loss_has_its_minimum_at_the_optimal_value():
-    rewards = torch.tensor([[1., 1, 0, 0, 0, 0, 0, 0], [0] * 8, [1] * 8, [.5, .2, 0, 1, 1, 0, .1, 0]], dtype=torch.float64)
+    rewards = torch.tensor([[1., 1, 0, 0, 0, 0, 0, 0], [0] * 8, [1] * 8, [.5, .2, 0, 1, 1, 0, .1, 0]],
+                           dtype=torch.float64)
     values = torch.zeros(4, dtype=torch.float64, requires_grad=True)
     optimizer = torch.optim.Adam([values], lr=0.01)
     for _ in range(2000):
@@ -132,7 +138,8 @@ def test_sequence_logprobs_sum_in_float32_and_include_the_end():
 
 def test_grpo_advantages_and_clip():
     advantages = group_advantages(torch.tensor([[1., 0, 0, 1], [1, 1, 1, 1]]))
-    assert torch.allclose(advantages[0], torch.tensor([1., -1, -1, 1]) * math.sqrt(3) / 2, atol=1e-3) and (advantages[1] == 0).all()
+    assert torch.allclose(advantages[0], torch.tensor([1., -1, -1, 1]) * math.sqrt(3) / 2, atol=1e-3) \
+        and (advantages[1] == 0).all()
     old, mask = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool)
     for shift, gradient in ((0.0, True), (0.5, False)): # a good response that has become much more likely is left alone
         logprobs = (old + shift).requires_grad_()
@@ -140,11 +147,12 @@ def test_grpo_advantages_and_clip():
         assert (logprobs.grad != 0).all() == gradient
 
 
-# ---- model.py ---------------------------------------------------------------------------------------------------------
+# ---- model.py --------------------------------------------------------------------------------------------------------
 
 def small_model(**changes):
     torch.manual_seed(0)
-    model = Transformer(ModelConfig(**{**dict(vocab_size=30, max_seq_len=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64), **changes}))
+    model = Transformer(ModelConfig(**{
+        **dict(vocab_size=30, max_seq_len=64, d_model=32, n_layers=3, n_heads=4, n_kv_heads=2, d_ff=64), **changes}))
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(5) # peaked, so that greedy paths differ and some rows end early
@@ -154,9 +162,11 @@ def small_model(**changes):
 PROMPTS = [[3, 4, 5], [6, 7, 8, 9, 10, 11], [12], [13, 14], [3, 4, 5, 6, 7]] * 8
 
 
-@pytest.mark.parametrize('changes', [{}, dict(n_kv_heads=1), dict(n_kv_heads=4, qk_norm=True, qkv_bias=True, tie_embeddings=False, head_dim=12)])
+@pytest.mark.parametrize('changes', [
+    {}, dict(n_kv_heads=1), dict(n_kv_heads=4, qk_norm=True, qkv_bias=True, tie_embeddings=False, head_dim=12)])
 def test_cached_greedy_generation_equals_the_full_forward(changes):
-    """Unequal prompts, rows that end early and leave the batch: the same tokens as one row at a time without a cache."""
+    """Unequal prompts, rows that end early and leave the batch:
+    the same tokens as one row at a time without a cache."""
     model = small_model(**changes)
     tokens, mask = generate(model, PROMPTS, 40, temperature=0, eos=1)
     ended = 0
@@ -178,7 +188,8 @@ def test_logprobs_of_the_cache_equal_those_of_the_training_forward():
     with torch.no_grad():
         steps = [model(tokens[:, t:t + 1], cache) for t in range(tokens.size(1) - 1)]
         trained, values = train.token_logprobs(model, tokens, mask)
-    logprobs = (torch.cat([logits for logits, _ in steps], 1) / 0.7).log_softmax(-1).gather(2, tokens[:, 1:, None]).squeeze(2)
+    logprobs = (torch.cat([logits for logits, _ in steps], 1) / 0.7).log_softmax(-1).gather(
+        2, tokens[:, 1:, None]).squeeze(2)
     train.temperature = 1.0
     assert torch.allclose(trained[:, 1:], logprobs * mask[:, 1:], atol=1e-5) and (trained[:, 0] == 0).all()
     ends = torch.tensor([len(p) - 1 for p in PROMPTS])
@@ -196,11 +207,13 @@ def test_what_a_row_samples_does_not_depend_on_the_others():
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.0, 2.0, -1.0, float('-inf'), 1.0]])
     for temperature in (1.0, 0.5):
-        draws = sample(logits.expand(200_000, 5), temperature, torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
+        draws = sample(logits.expand(200_000, 5), temperature,
+                       torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
         frequencies = torch.bincount(draws, minlength=5) / 200_000
         assert torch.allclose(frequencies, (logits[0] / temperature).softmax(0), atol=5e-3) and frequencies[3] == 0
     assert sample(logits, 0, torch.rand(1)).item() == 1
-    assert sample(logits, 1.0, torch.tensor([0.0])).item() == 0 and sample(logits, 1.0, torch.tensor([1 - 2 ** -24])).item() == 4
+    assert sample(logits, 1.0, torch.tensor([0.0])).item() == 0 \
+        and sample(logits, 1.0, torch.tensor([1 - 2 ** -24])).item() == 4
 
 
 def test_logits_at_marked_positions_are_those_of_all_positions():
@@ -212,7 +225,8 @@ def test_logits_at_marked_positions_are_those_of_all_positions():
 def test_the_value_head_sends_no_gradient_into_the_policy():
     model = small_model()
     model(torch.randint(0, 30, (4, 10)))[1].sum().backward()
-    assert [name for name, p in model.named_parameters() if p.grad is not None] == ['value_head.weight', 'value_head.bias']
+    assert [name for name, p in model.named_parameters() if p.grad is not None] == \
+        ['value_head.weight', 'value_head.bias']
 
 
 def test_too_long_a_sequence_is_refused():
@@ -222,7 +236,7 @@ def test_too_long_a_sequence_is_refused():
         small_model()(torch.zeros(1, 65, dtype=torch.long))
 
 
-# ---- tasks.py ---------------------------------------------------------------------------------------------------------
+# ---- tasks.py --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize('name', TASKS)
 def test_tokens_go_round_and_demonstrations_have_the_format(name):
@@ -239,7 +253,8 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
     assert all(g.formatted for g in grades)
     accuracy = np.mean([g.correct for g in grades])
     assert accuracy == 1 if name == 'multiplication' else 0.1 < accuracy < 0.4, "countdown's demonstrations often fail"
-    assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0 for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
+    assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0
+               for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
 
 
 def test_unknown_text_is_named_and_numbers_never_merge():
@@ -295,7 +310,8 @@ def test_nothing_of_the_test_split_is_ever_trained_on(name):
     rng = np.random.default_rng(1)
     share = np.mean([task.is_test(task.problem(rng)) for _ in range(5000)])
     assert 0.07 < share < 0.13
-    a, b = (CountdownProblem((3, 5, 7), 22), CountdownProblem((7, 3, 5), 22)) if name == 'countdown' else (MultiplicationProblem(3, 7), MultiplicationProblem(7, 3))
+    a, b = (CountdownProblem((3, 5, 7), 22), CountdownProblem((7, 3, 5), 22)) if name == 'countdown' else \
+        (MultiplicationProblem(3, 7), MultiplicationProblem(7, 3))
     assert task.canonical(a) == task.canonical(b) and task.is_test(a) == task.is_test(b)
 
 
@@ -305,28 +321,36 @@ def test_typed_problems_are_understood_or_refused():
         assert countdown.parse(text) == CountdownProblem((3, 5, 7), 22)
     for text in ('47 * 36', '47x36', 'What is 47 × 36?'):
         assert multiplication.parse(text) == MultiplicationProblem(47, 36)
-    for task, text in itertools.product((countdown, multiplication), ('', 'hello', '3 5 7', '= 4', '3 5 = x', '4 * ', '-3 5 = 2', '3.5 * 2')):
+    for task, text in itertools.product((countdown, multiplication), (
+            '', 'hello', '3 5 7', '= 4', '3 5 = x', '4 * ', '-3 5 = 2', '3.5 * 2')):
         with pytest.raises(ValueError):
             task.parse(text)
 
 
 PUZZLE = CountdownProblem((3, 5, 7), 22)
-RIGHT = ['3*5+7', '(3*5)+7', '7+3*5', '7+5*3', '((3*5))+7', '(7)+(3)*(5)', ' 3 * 5 + 7 ', '3*5\n+\n7', '\t3*5+7\r\n', '(((3)*5)+7)',
-         '7+(5*3)', '(5*3+7)', '5 *3+ 7', '(7+(3*5))', '7 + ( 5 * 3 )', '3\n*\n5\n+\n7']
-ENDINGS = ['</think><answer>{}</answer>', '\n</think>\n<answer>{}</answer>\n', 'try <answer>1</answer> no</think><answer>{}</answer>',
-           '3*5=15 15+7=22</think> <answer>{}</answer> \t\r\n', '<think>again</think><answer>{}</answer>', '</think><answer>{}</answer><eos></answer>junk']
+RIGHT = ['3*5+7', '(3*5)+7', '7+3*5', '7+5*3', '((3*5))+7', '(7)+(3)*(5)', ' 3 * 5 + 7 ', '3*5\n+\n7', '\t3*5+7\r\n',
+         '(((3)*5)+7)', '7+(5*3)', '(5*3+7)', '5 *3+ 7', '(7+(3*5))', '7 + ( 5 * 3 )', '3\n*\n5\n+\n7']
+ENDINGS = ['</think><answer>{}</answer>', '\n</think>\n<answer>{}</answer>\n',
+           'try <answer>1</answer> no</think><answer>{}</answer>', '3*5=15 15+7=22</think> <answer>{}</answer> \t\r\n',
+           '<think>again</think><answer>{}</answer>', '</think><answer>{}</answer><eos></answer>junk']
 WRONG_ANSWERS = [
-    '22', '', ' ', '3*5', '3+5+7', '3*5+7+0', '3*5+7*1', '3*5+7-7+7', '3*5*7', '7*3+1', '3*7+1', '3**5+7', '3*5+7**1', '3//5+7', '3*5+7//1',
-    '-3*-5+7', '+3*5+7', '3*+5+7', '3*5--7', '3*5+-7', '(-3)*(-5)+7', '~3*5+7', '3.0*5+7', '3*5.+7', '3*5+7.0', '3,5,7', '03*5+7', '3*05+7', '3*5+007',
-    '3_*5+7', '3*5+7_', '٣*5+7', '３*5+7', '3×5+7', '3*5＋7', '3x5+7', '3*5+7=22', '22=3*5+7', '3*5+7;', '3*5+7 #', '(3*5+7', '3*5+7)', '(3*5)+(7', ')3*5+7(',
-    '()3*5+7', '3 5*7', '3(5)+7', '3*5 7', '3*(5+7', '3*5+', '*3*5+7', '3*5+7 or 22', 'int(3*5+7)', '__import__("os")', 'eval("22")', '3*5+7\x00', '3*5+7\u00a0',
-    '3*5+7\x0b', '3*5+7\u2003', '0x3*5+7', '3e0*5+7', '3*5+7j', '3*5+7%100', '3*5|7', '3<<5', '3*5+7!', '1' * 257, '(' * 120 + '3*5+7' + ')' * 120, '3/0+5+7',
-    '3/(5-5)+7', '3*5+7<b></b>', '9' * 250, '3*5+7&nbsp;', '35-7', '57-35', '3^5+7', '3*5+7/1', '3*5+7+3-3', '5+7+3*(5/5)', '[3*5]+7', '{3*5}+7', 'True*3*5+7']
-WRONG_FORMATS = ['3*5+7', '<answer>3*5+7</answer>', '</think>3*5+7', '</think><answer>3*5+7', '</think>3*5+7</answer>', '</think><answer>3*5+7</answer>.',
-                 '</think>.<answer>3*5+7</answer>', '</think><answer>3*5+7</answer><answer>3*5+7</answer>', '</think><answer>1</answer><answer>3*5+7</answer>',
-                 '</think></think><answer>3*5+7</answer>', '</think><answer>3*5+7</answer></think>', '</think><answer><answer>3*5+7</answer></answer>',
-                 '<answer>3*5+7</answer></think>', '<eos></think><answer>3*5+7</answer>', '</think><ANSWER>3*5+7</ANSWER>', '< /think><answer>3*5+7</answer>',
-                 '</think><answer >3*5+7</answer>', '</think>\u00a0<answer>3*5+7</answer>', '</think><answer>3*5+7</answer>\x0b', '</think><think></think><answer>3*5+7</answer>', '']
+    '22', '', ' ', '3*5', '3+5+7', '3*5+7+0', '3*5+7*1', '3*5+7-7+7', '3*5*7', '7*3+1', '3*7+1', '3**5+7', '3*5+7**1',
+    '3//5+7', '3*5+7//1', '-3*-5+7', '+3*5+7', '3*+5+7', '3*5--7', '3*5+-7', '(-3)*(-5)+7', '~3*5+7', '3.0*5+7',
+    '3*5.+7', '3*5+7.0', '3,5,7', '03*5+7', '3*05+7', '3*5+007', '3_*5+7', '3*5+7_', '٣*5+7', '３*5+7', '3×5+7', '3*5＋7',
+    '3x5+7', '3*5+7=22', '22=3*5+7', '3*5+7;', '3*5+7 #', '(3*5+7', '3*5+7)', '(3*5)+(7', ')3*5+7(', '()3*5+7', '3 5*7',
+    '3(5)+7', '3*5 7', '3*(5+7', '3*5+', '*3*5+7', '3*5+7 or 22', 'int(3*5+7)', '__import__("os")', 'eval("22")',
+    '3*5+7\x00', '3*5+7\u00a0', '3*5+7\x0b', '3*5+7\u2003', '0x3*5+7', '3e0*5+7', '3*5+7j', '3*5+7%100', '3*5|7',
+    '3<<5', '3*5+7!', '1' * 257, '(' * 120 + '3*5+7' + ')' * 120, '3/0+5+7', '3/(5-5)+7', '3*5+7<b></b>', '9' * 250,
+    '3*5+7&nbsp;', '35-7', '57-35', '3^5+7', '3*5+7/1', '3*5+7+3-3', '5+7+3*(5/5)', '[3*5]+7', '{3*5}+7', 'True*3*5+7']
+WRONG_FORMATS = [
+    '3*5+7', '<answer>3*5+7</answer>', '</think>3*5+7', '</think><answer>3*5+7', '</think>3*5+7</answer>',
+    '</think><answer>3*5+7</answer>.', '</think>.<answer>3*5+7</answer>',
+    '</think><answer>3*5+7</answer><answer>3*5+7</answer>', '</think><answer>1</answer><answer>3*5+7</answer>',
+    '</think></think><answer>3*5+7</answer>', '</think><answer>3*5+7</answer></think>',
+    '</think><answer><answer>3*5+7</answer></answer>', '<answer>3*5+7</answer></think>',
+    '<eos></think><answer>3*5+7</answer>', '</think><ANSWER>3*5+7</ANSWER>', '< /think><answer>3*5+7</answer>',
+    '</think><answer >3*5+7</answer>', '</think>\u00a0<answer>3*5+7</answer>', '</think><answer>3*5+7</answer>\x0b',
+    '</think><think></think><answer>3*5+7</answer>', '']
 
 
 def test_the_verifier_accepts_what_is_right():
@@ -334,9 +358,11 @@ def test_the_verifier_accepts_what_is_right():
     assert len(answers) >= 30
     for response in answers:
         assert Countdown().grade(PUZZLE, response) == (1.0, True, True), response
-    assert Countdown().grade(CountdownProblem((8, 3, 8, 3), 24), '</think><answer>8/(3-8/3)</answer>').correct, "fractions on the way are exact"
+    assert Countdown().grade(CountdownProblem((8, 3, 8, 3), 24), '</think><answer>8/(3-8/3)</answer>').correct, \
+        "fractions on the way are exact"
     assert Countdown().grade(CountdownProblem((1, 1, 3), 2), '</think><answer>1*(3-1)</answer>').correct
-    assert Countdown().grade(PUZZLE, '</think><answer>' + '(' * 125 + '3*5+7' + ')' * 125 + '</answer>').correct, "255 characters are still read"
+    assert Countdown().grade(PUZZLE, '</think><answer>' + '(' * 125 + '3*5+7' + ')' * 125 + '</answer>').correct, \
+        "255 characters are still read"
 
 
 def test_the_verifier_refuses_every_trick():
@@ -350,7 +376,8 @@ def test_the_verifier_refuses_every_trick():
                 assert not grade.correct and grade.reward < 1, answer
         for response in WRONG_FORMATS:
             assert task.grade(PUZZLE, response) == (0.0, False, False), response
-    assert Countdown().grade(PUZZLE, '</think><answer>3*5+7' + ' ' * 252 + '</answer>') == (0.0, False, False), "over 256 characters"
+    assert Countdown().grade(PUZZLE, '</think><answer>3*5+7' + ' ' * 252 + '</answer>') == (0.0, False, False), \
+        "over 256 characters"
 
 
 def test_partial_credit_is_below_one_and_only_for_each_number_once():
@@ -366,13 +393,15 @@ def test_multiplication_answers():
     task, problem = Multiplication(), MultiplicationProblem(73, 76) # 5548
     for answer in ('5548', ' 5548 ', '\n5548\t'):
         assert task.grade(problem, f'</think><answer>{answer}</answer>') == (1.0, True, True)
-    for answer in ('5_548', '+5548', '-5548', '05548', '5548.0', '5,548', '5 548', '73*76', '٥٥٤٨', '５５４８', '5548\u00a0', '0x15ac', '', '5.548e3', '5548 or 1'):
+    for answer in ('5_548', '+5548', '-5548', '05548', '5548.0', '5,548', '5 548', '73*76', '٥٥٤٨', '５５４８',
+                   '5548\u00a0', '0x15ac', '', '5.548e3', '5548 or 1'):
         assert task.grade(problem, f'</think><answer>{answer}</answer>') == (0.0, False, False), answer
     assert task.grade(problem, '</think><answer>5547</answer>') == (0.0, False, True)
 
 
 def test_random_answers_never_raise_and_agree_with_an_independent_check():
-    """Random strings over the alphabet of expressions: Python's own arithmetic in Fractions is the judge of those it accepts."""
+    """Random strings over the alphabet of expressions:
+    Python's own arithmetic in Fractions is the judge of those it accepts."""
     rng, task = random.Random(0), Countdown()
     alphabet = list('3357557+-*/()') + [' ', '\n', '22', '<', 'x', '.', '<answer>', '</answer>', '</think>', '**', '_']
     accepted = 0
@@ -380,14 +409,16 @@ def test_random_answers_never_raise_and_agree_with_an_independent_check():
         text = ''.join(rng.choices(alphabet[:13] if i % 2 else alphabet, k=rng.randrange(1, 12)))
         if i % 4 == 0: # a well-formed one, often right
             x, y, z = rng.sample(('3', '5', '7'), 3)
-            text = rng.choice(('{}{}{}{}{}', '({}{}{}){}{}', '{}{}({}{}{})')).format(x, rng.choice('+-*/'), y, rng.choice('+-*/'), z)
+            text = rng.choice(('{}{}{}{}{}', '({}{}{}){}{}', '{}{}({}{}{})')).format(
+                x, rng.choice('+-*/'), y, rng.choice('+-*/'), z)
         grade = task.grade(PUZZLE, f'</think><answer>{text}</answer>')
         if re.fullmatch(r'[0-9+\-*/() \n]+', text) and '**' not in text and '//' not in text:
             try:
                 value = eval(re.sub(r'([0-9]+)', r'Fraction(\1)', text)) # our own strings, not a model's
             except (SyntaxError, TypeError, ZeroDivisionError):
                 value = None
-            if value == 22 and sorted(re.findall('[0-9]+', text)) == ['3', '5', '7'] and not re.search(r'(^|[-+*/(])\s*[-+]', text):
+            if value == 22 and sorted(re.findall('[0-9]+', text)) == ['3', '5', '7'] \
+                    and not re.search(r'(^|[-+*/(])\s*[-+]', text):
                 assert grade.correct, text
                 accepted += 1
                 continue
@@ -395,7 +426,7 @@ def test_random_answers_never_raise_and_agree_with_an_independent_check():
     assert accepted > 100
 
 
-# ---- train.py and sample.py -------------------------------------------------------------------------------------------
+# ---- train.py and sample.py ------------------------------------------------------------------------------------------
 
 @pytest.fixture
 def settings():
@@ -417,12 +448,15 @@ def main(reset, *arguments):
 
 
 @pytest.mark.parametrize('arguments, words', [
-    (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "unknown setting"), (['--batch_size=many'], "a whole number, not 'many'"),
-    (['--fresh_prompts=maybe'], "True or False"), (['--seed'], "needs a value"), (['--task=chess'], "countdown, multiplication"),
-    (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"), (['--init_from=resume'], "nothing to resume"),
-    (['--init_from=nowhere.pt'], "no such checkpoint: nowhere.pt"), (['--beta1=0'], "--beta1 must be above 0"), (['--temperature=0'], "--eval_temperature"),
-    (['--algorithm=ppo'], "apo, grpo"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"), (['--partial_credit=1'], "below 1"),
-    (['--min_numbers=5'], "2 to 6 numbers"), (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number")])
+    (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "unknown setting"),
+    (['--batch_size=many'], "a whole number, not 'many'"), (['--fresh_prompts=maybe'], "True or False"),
+    (['--seed'], "needs a value"), (['--task=chess'], "countdown, multiplication"),
+    (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
+    (['--init_from=resume'], "nothing to resume"), (['--init_from=nowhere.pt'], "no such checkpoint: nowhere.pt"),
+    (['--beta1=0'], "--beta1 must be above 0"), (['--temperature=0'], "--eval_temperature"),
+    (['--algorithm=ppo'], "apo, grpo"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
+    (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "2 to 6 numbers"),
+    (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number")])
 def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, words):
     with pytest.raises(SystemExit) as error:
         main(settings, f'--out_dir={tmp_path}/new', *arguments)
@@ -432,7 +466,8 @@ def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, word
 
 def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
     process = run('train.py', '--bach_size', '3')
-    assert process.returncode == 1 and process.stderr.count('\n') == 1 and 'did you mean --batch_size?' in process.stderr
+    assert process.returncode == 1 and process.stderr.count('\n') == 1 \
+        and 'did you mean --batch_size?' in process.stderr
     text = run('train.py', '--help').stdout
     assert all(f'  --{name}=' in text for name in train.SETTINGS)
     assert 'temperature of V*' in text
@@ -442,8 +477,10 @@ def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
 def trained(tmp_path_factory):
     """One tiny run with a checkpoint at every step and all that A*PO offers switched on; its out_dir and arguments."""
     out = tmp_path_factory.mktemp('runs') / 'whole'
-    arguments = [*TINY, '--warmup_steps=6', '--max_steps=6', '--checkpoint_interval=1', '--eval_interval=3', '--ref_update_interval=4', '--learning_rate=1e-2']
-    process = run('train.py', *arguments, f'--out_dir={out}', '--device=cpu', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    arguments = [*TINY, '--warmup_steps=6', '--max_steps=6', '--checkpoint_interval=1', '--eval_interval=3',
+                 '--ref_update_interval=4', '--learning_rate=1e-2']
+    process = run('train.py', *arguments, f'--out_dir={out}', '--device=cpu',
+                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert process.returncode == 0, process.stderr
     assert process.stderr == '', "a default run prints no warning"
     return str(out), arguments
@@ -452,7 +489,8 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_what_it_promises(trained):
     out, _ = trained
     summary = json.load(open(f'{out}/results_summary.json'))
-    for name in ('task', 'accuracy', 'interval_95', 'accuracy_by_difficulty', 'average_reward', 'accuracy_after_warmup', 'parameters', 'seconds', 'settings', 'versions', 'git_commit'):
+    for name in ('task', 'accuracy', 'interval_95', 'accuracy_by_difficulty', 'average_reward', 'accuracy_after_warmup',
+                 'parameters', 'seconds', 'settings', 'versions', 'git_commit'):
         assert name in summary
     assert summary['settings']['d_model'] == 32 and summary['settings']['n_layers'] == 2
     assert os.path.getsize(f'{out}/curves.png') > 10_000
@@ -460,7 +498,8 @@ def test_a_run_leaves_what_it_promises(trained):
     assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 7))
     steps = [r for r in rows if r['phase'] == 'apo']
     assert [r['step'] for r in steps] == list(range(7, 13))
-    for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy', 'grad_norm', 'seconds_rollout', 'seconds_update'):
+    for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
+                 'grad_norm', 'seconds_rollout', 'seconds_update'):
         assert all(math.isfinite(r[name]) for r in steps), name
     assert abs(steps[0]['kl']) < 1e-4, "the first step is taken from the reference itself"
     assert {'correct', 'response', 'prompt'} <= set(json.loads(open(f'{out}/samples.jsonl').readline()))
@@ -481,31 +520,38 @@ def test_resume_equals_uninterrupted_to_the_bit(trained, tmp_path, step):
     out, arguments = trained
     os.makedirs(tmp_path / 'part')
     os.link(f'{out}/checkpoint_step_{step}.pt', tmp_path / 'part' / f'checkpoint_step_{step}.pt')
-    process = run('train.py', f'--out_dir={tmp_path}/part', '--init_from=resume', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = run('train.py', f'--out_dir={tmp_path}/part', '--init_from=resume',
+                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert process.returncode == 0, process.stderr
     assert_same(weights(f'{out}/tinyzero_astarpo_final.pt'), weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
 
 
-@pytest.mark.parametrize('extra', [['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True']])
+@pytest.mark.parametrize('extra', [
+    ['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True']])
 def test_resume_is_exact_for_grpo_and_for_stored_values(settings, tmp_path, extra):
-    arguments = [*TINY, '--warmup_steps=8', '--checkpoint_interval=2', '--learning_rate=1e-2', '--warmup_learning_rate=1e-2', *extra]
+    arguments = [*TINY, '--warmup_steps=8', '--checkpoint_interval=2', '--learning_rate=1e-2',
+                 '--warmup_learning_rate=1e-2', *extra]
     torch.set_num_threads(1)
     main(settings, *arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
     os.makedirs(tmp_path / 'part')
     os.link(tmp_path / 'whole' / 'checkpoint_step_12.pt', tmp_path / 'part' / 'checkpoint_step_12.pt')
     main(settings, '--init_from=resume', f'--out_dir={tmp_path}/part')
-    assert_same(weights(tmp_path / 'whole' / 'tinyzero_astarpo_final.pt'), weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
+    assert_same(weights(tmp_path / 'whole' / 'tinyzero_astarpo_final.pt'),
+                weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
 
 
 def test_two_ranks_take_the_steps_of_one(tmp_path):
-    """Sharded over two processes, with greedy sampling: the same problems, the same losses, the same weights within 1e-5."""
+    """Sharded over two processes, with greedy sampling:
+    the same problems, the same losses, the same weights within 1e-5."""
     driver = tmp_path / 'driver.py'
     driver.write_text("import train\nsampled = train.generate\n"
-                      "train.generate = lambda model, prompts, n, temperature, eos, generator: sampled(model, prompts, n, 0, eos, generator)\n"
+                      "train.generate = lambda model, prompts, n, temperature, eos, generator: "
+                      "sampled(model, prompts, n, 0, eos, generator)\n"
                       "if __name__ == '__main__':\n    train.main()\n")
     environment = {**os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1'}
     for ranks in (1, 2):
-        arguments = [*TINY, '--warmup_steps=8', '--max_steps=3', '--device=cpu', '--micro_batch_tokens=512', f'--out_dir={tmp_path}/{ranks}']
+        arguments = [*TINY, '--warmup_steps=8', '--max_steps=3', '--device=cpu', '--micro_batch_tokens=512',
+                     f'--out_dir={tmp_path}/{ranks}']
         process = run(driver, *arguments, ranks=ranks, env=environment)
         assert process.returncode == 0, process.stderr
     one, two = (weights(tmp_path / str(ranks) / 'tinyzero_astarpo_final.pt')['model'] for ranks in (1, 2))
@@ -529,10 +575,12 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
     flipped = []
     for position in rng.sample(range(len(whole)), 8):
         flipped.append(whole[:position] + bytes([whole[position] ^ 0xff]) + whole[position + 1:])
-    for content in [b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1000:], b'\0' * 5000, *flipped]:
+    for content in [b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1000:], b'\0' * 5000,
+                    *flipped]:
         (tmp_path / 'bad.pt').write_bytes(content)
         try:
-            assert_same(train.load_checkpoint(str(tmp_path / 'bad.pt')), weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
+            assert_same(train.load_checkpoint(str(tmp_path / 'bad.pt')),
+                        weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
         except SystemExit as error:
             assert 'bad.pt' in error.code and '\n' not in error.code
     torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
@@ -553,14 +601,16 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
 
 
 def test_a_signal_finishes_the_step_and_saves(tmp_path):
-    process = subprocess.Popen([sys.executable, 'train.py', *TINY, '--warmup_steps=100000', f'--out_dir={tmp_path}/run', '--device=cpu'], cwd=HERE,
+    process = subprocess.Popen([sys.executable, 'train.py', *TINY, '--warmup_steps=100000',
+                                f'--out_dir={tmp_path}/run', '--device=cpu'], cwd=HERE,
                                stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     while not os.path.exists(tmp_path / 'run' / 'metrics.jsonl'):
         assert process.poll() is None
         time.sleep(0.1)
     process.send_signal(signal.SIGTERM)
     _, message = process.communicate(timeout=60)
-    step = int(re.fullmatch(r'error: stopped by a signal at step (\d+); continue with --init_from=resume --out_dir=\S+\n', message)[1])
+    step = int(re.fullmatch(r'error: stopped by a signal at step (\d+); '
+                            r'continue with --init_from=resume --out_dir=\S+\n', message)[1])
     assert process.returncode == 1 and weights(tmp_path / 'run' / f'checkpoint_step_{step}.pt')['step'] == step
 
 
@@ -583,19 +633,24 @@ def test_truncated_responses_earn_nothing(settings, monkeypatch):
     monkeypatch.setattr(train, 'generate', fake)
     train.rollout_rows = 8
     batch, _ = train.rollout(train.Run(task, tokenizer, None, None), [problem, problem], train.TRAIN, 1.0)
-    assert batch['rewards'].tolist() == [1, 0] and batch['correct'].tolist() == [1, 0] and batch['truncated'].tolist() == [0, 1]
+    assert batch['reward'].tolist() == [1, 0] and batch['correct'].tolist() == [1, 0] \
+        and batch['truncated'].tolist() == [0, 1]
 
 
 def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     out, _ = trained
     checkpoint = f'--checkpoint={out}/tinyzero_astarpo_final.pt'
     process = run('sample.py', checkpoint, '--prompt=3 * 4', '--num_samples=8')
-    assert process.returncode == 0 and 'What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout and 'verdict' in process.stdout
+    assert process.returncode == 0 and 'What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout \
+        and 'verdict' in process.stdout
     process = run('sample.py', checkpoint, '--eval', '--num_problems=10')
-    assert process.returncode == 0 and 'accuracy' in process.stdout and json.load(open(f'{out}/sample_eval.json'))['num_problems'] <= 10
+    assert process.returncode == 0 and 'accuracy' in process.stdout \
+        and json.load(open(f'{out}/sample_eval.json'))['num_problems'] <= 10
     process = run('sample.py', '--plot', out, out, f'--output={tmp_path}/both.png')
     assert process.returncode == 0 and os.path.getsize(tmp_path / 'both.png') > 10_000
-    for wrong, words in ((['--prompt=hello'], 'write it like'), (['--prompt=3 * 4', '--max_new_tokens=5000'], 'positions'), (['--checkpoint=none.pt'], 'no such checkpoint')):
+    for wrong, words in ((['--prompt=hello'], 'write it like'),
+                         (['--prompt=3 * 4', '--max_new_tokens=5000'], 'positions'),
+                         (['--checkpoint=none.pt'], 'no such checkpoint')):
         process = run('sample.py', checkpoint, *wrong)
         assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
 
@@ -604,7 +659,10 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     notebook = nbformat.read(f'{HERE}/TinyZero_AstarPO.ipynb', as_version=4)
     notebook.cells[1].source += f"\nOUT = {str(tmp_path / 'run')!r}"
-    os.environ['NOTEBOOK_ARGS'] = ' '.join([*TINY, '--max_factor=8', '--warmup_steps=150', '--max_steps=2', '--device=cpu'])
-    nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3', resources=dict(metadata=dict(path=HERE))).execute()
+    os.environ['NOTEBOOK_ARGS'] = ' '.join(
+        [*TINY, '--max_factor=8', '--warmup_steps=150', '--max_steps=2', '--device=cpu'])
+    nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
+                            resources=dict(metadata=dict(path=HERE))).execute()
     assert os.path.exists(tmp_path / 'run' / 'curves.png')
-    assert any('image/png' in output.get('data', {}) for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs)
+    assert any('image/png' in output.get('data', {})
+               for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs)

@@ -35,7 +35,7 @@ from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_l
 from model import SIZES, ModelConfig, Transformer, generate
 from tasks import EOS, TASKS, WRONG, Tokenizer
 
-# ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine -------------------
+# ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine ---------------
 task = 'countdown' # countdown | multiplication
 out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a path to a checkpoint to start A*PO from
@@ -74,37 +74,38 @@ temperature = 1.0 # divides the logits, in sampling and in scoring alike
 max_new_tokens = 0 # longest response; one that does not end by then has reward 0
 num_train_samples = 0 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
-fresh_prompts = True # new prompts at every step with V* from the value head; False: the prompts of stage 1 with their own V*
+fresh_prompts = True # new prompts at every step with V* from the value head; False: those of stage 1 with their own V*
 filter_failed = False # with fresh_prompts=False: leave out the prompts that the reference never solved
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-2 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
-eval_interval = 100 # steps between evaluations
+eval_interval = 0 # A*PO steps between evaluations
 checkpoint_interval = 500 # steps between checkpoints
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
-# ---- end of settings ----------------------------------------------------------------------------------------------------
+# ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and not name.startswith('_')}
 
 
 MACHINE = {
-    'cpu': dict(**SIZES['small'], batch_size=256, warmup_batch_size=32, micro_batch_tokens=8192, rollout_rows=1024),
-    'gpu': dict(**SIZES['50m'], batch_size=1024, warmup_batch_size=256, micro_batch_tokens=131072, rollout_rows=4096),
+    'cpu': dict(**SIZES['small'], batch_size=256, micro_batch_tokens=8192, rollout_rows=1024, eval_interval=25),
+    'gpu': dict(**SIZES['50m'], batch_size=1024, micro_batch_tokens=131072, rollout_rows=4096, eval_interval=100),
 }
 AUTO = {
-    ('countdown', 'cpu'): dict(warmup_steps=1500, max_steps=200, max_new_tokens=256, num_train_samples=512),
-    ('countdown', 'gpu'): dict(warmup_steps=3000, max_steps=400, max_new_tokens=384, num_train_samples=2048),
-    ('multiplication', 'cpu'): dict(warmup_steps=1000, max_steps=100, max_new_tokens=64, num_train_samples=512),
-    ('multiplication', 'gpu'): dict(warmup_steps=1500, max_steps=200, max_new_tokens=64, num_train_samples=2048),
+    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, max_new_tokens=256, num_train_samples=256),
+    ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, max_new_tokens=256, num_train_samples=2048),
+    ('multiplication', 'cpu'): dict(warmup_steps=600, warmup_batch_size=32, max_steps=100, max_new_tokens=64, num_train_samples=512),
+    ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, max_new_tokens=64, num_train_samples=2048),
 }
 TASK_SETTINGS = {
     'countdown': ('min_numbers', 'max_numbers', 'max_number', 'max_target', 'partial_credit'),
     'multiplication': ('max_factor',),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
+GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length') # what rollout says of a response
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 rank, world_size = 0, 1
 stop_signal = 0 # the number of the signal that asked this process to stop
@@ -144,7 +145,7 @@ def main():
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
         run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
-        run.warmup_accuracy = evaluate(run, 'after the warm-up', num_eval_samples)['accuracy']
+        run.warmup_accuracy = log_evaluation(run, 'after the warm-up', num_eval_samples)['accuracy']
 
     # Stage 1: the frozen reference answers each prompt several times; V* follows from the rewards.
     if max_steps and algorithm == 'apo' and run.values is None:
@@ -165,13 +166,13 @@ def main():
                 if algorithm == 'apo' and not fresh_prompts:
                     estimate_values(run)
             if stage2_step % eval_interval == 0:
-                evaluate(run, f'at step {stage2_step}', num_eval_samples // 8)
+                log_evaluation(run, f'at step {stage2_step}', -(-num_eval_samples // 8))
         checkpoint_if_due(run)
     run.seconds = time.time() - started
     finish(run)
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # The parts of a step
 
 def warm_up_step(run):
@@ -203,19 +204,19 @@ def warm_up_step(run):
 
 
 def estimate_values(run):
-    """Stage 1: V* of num_train_samples prompts from num_responses_per_prompt responses of the reference each. The prompts'
-    own V* is kept in run.values, and the value head learns to predict it."""
+    """Stage 1: V* of num_train_samples prompts from num_responses_per_prompt responses of the reference each. The
+    prompts' own V* is kept in run.values, and the value head learns to predict it."""
     problems = [p for p, _ in draw(run.task, STAGE1, 0, num_train_samples)]
     batch, _ = rollout(run, problems, STAGE1, temperature, num_responses_per_prompt)
-    local_rewards = batch['rewards'].view(len(problems), -1) # (prompts of this rank, N)
+    local_rewards = batch['reward'].view(len(problems), -1) # (prompts of this rank, N)
     rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device) # (num_train_samples, N)
     run.values = optimal_value(rewards, beta1)
     solved = (rewards > 0).any(1).float().mean().item()
-    print0(f"stage 1: {len(rewards)} prompts x {rewards.size(1)} responses of the reference, mean reward {rewards.mean():.3f}, "
-           f"mean V* {run.values.mean():.3f}, {1 - solved:.1%} of the prompts never solved")
+    print0(f"stage 1: {len(rewards)} prompts x {rewards.size(1)} responses of the reference, mean reward "
+           f"{rewards.mean():.3f}, mean V* {run.values.mean():.3f}, {1 - solved:.1%} of the prompts never solved")
     if solved == 0:
-        fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more --warmup_steps, "
-             "make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
+        fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
+             "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
     # The head reads only the prompt, so this costs a few seconds.
     prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -232,15 +233,17 @@ def estimate_values(run):
 def training_problems(run):
     """This rank's problems of the current step, and their V* from stage 1, or None where the value head gives it."""
     step = run.step - warmup_steps
-    if algorithm == 'grpo':
-        return [p for p, _ in draw(run.task, TRAIN, step, batch_size // num_responses_per_prompt)], None
+    if algorithm == 'grpo': # groups: every prompt N times in a row
+        groups = draw(run.task, TRAIN, step, batch_size // num_responses_per_prompt)
+        return [p for p, _ in groups for _ in range(num_responses_per_prompt)], None
     if fresh_prompts:
         return [p for p, _ in draw(run.task, TRAIN, step, batch_size)], None
     # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
     pool = np.flatnonzero(run.values.cpu().numpy() > 0) if filter_failed else np.arange(num_train_samples)
     local = batch_size // world_size
     where = step * batch_size + rank * local + np.arange(local)
-    orders = {epoch: np.random.default_rng((seed, TRAIN, int(epoch))).permutation(pool) for epoch in set(where // len(pool))}
+    orders = {epoch: np.random.default_rng((seed, TRAIN, int(epoch))).permutation(pool)
+              for epoch in set(where // len(pool))}
     chosen = [int(orders[i // len(pool)][i % len(pool)]) for i in where]
     problems = [run.task.draw(np.random.default_rng((seed, STAGE1, 0, i))) for i in chosen]
     return problems, run.values[chosen]
@@ -248,10 +251,12 @@ def training_problems(run):
 
 def rollout(run, problems, stream, at_temperature, repeat=1):
     """
-    Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for stage 1,
-    stage 2 and evaluation alike: a response that did not end within max_new_tokens is truncated, its reward 0.
+    Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for
+    stage 1, stage 2 and evaluation alike: a response that did not end within max_new_tokens is truncated, its
+    reward 0.
 
-    Returns a dict of tokens, mask (B, T), rewards (B,), correct, formatted, truncated (B,), and the seconds it took.
+    Returns a dict of tokens, mask (B, T), of GRADES, (B,) each, and of lists of problems and texts;
+    and the seconds it took.
     """
     started = time.time()
     problems = [p for p in problems for _ in range(repeat)]
@@ -260,49 +265,48 @@ def rollout(run, problems, stream, at_temperature, repeat=1):
     for first in range(0, len(prompts), rollout_rows):
         key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
-        pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature, run.tokenizer.eos, generator))
+        pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature,
+                               run.tokenizer.eos, generator))
     width = max(tokens.size(1) for tokens, _ in pieces)
     tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
     mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
 
-    sampled = time.time()
-    grades, truncated, texts = [], [], []
+    sampled, grades, texts = time.time(), [], []
     for problem, row, marked in zip(problems, tokens.cpu().numpy(), mask.cpu().numpy()):
         response = row[marked]
-        truncated.append(response[-1] != run.tokenizer.eos)
+        truncated = bool(response[-1] != run.tokenizer.eos)
         texts.append(run.tokenizer.decode(response.tolist()).removesuffix(EOS))
-        grades.append(WRONG if truncated[-1] else run.task.grade(problem, texts[-1]))
-    rewards, correct, formatted = torch.tensor(grades, device=device).T
-    batch = dict(problems=problems, texts=texts, tokens=tokens, mask=mask, rewards=rewards, correct=correct,
-                 formatted=formatted, truncated=torch.tensor(truncated, device=device).float())
+        grades.append((*(WRONG if truncated else run.task.grade(problem, texts[-1])), truncated, len(response)))
+    batch = dict(zip(GRADES, torch.tensor(grades, device=device).T), problems=problems, texts=texts,
+                 tokens=tokens, mask=mask)
     return batch, dict(rollout=sampled - started, grading=time.time() - sampled)
 
 
 def update(run, batch, stored_values, seconds):
     """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
-    started, tokens, mask, rewards = time.time(), batch['tokens'], batch['mask'], batch['rewards']
-    rows_of = list(micro_batches(mask))
-    ref_logprobs = torch.zeros_like(rewards)
+    tokens, mask, rewards = batch['tokens'], batch['mask'], batch['reward']
+    pieces = [(rows, *trim(tokens[rows], mask[rows])) for rows in micro_batches(mask)]
+    logprobs, ref_logprobs, base_logprobs, values = (torch.zeros_like(rewards) for _ in range(4))
+    started = time.time()
     with torch.no_grad():
-        for rows in rows_of:
-            logprobs, _ = token_logprobs(run.reference, *trim(tokens[rows], mask[rows]))
-            ref_logprobs[rows] = logprobs.sum(1)
+        for rows, *piece in pieces:
+            ref_logprobs[rows] = sequence_logprobs(token_logprobs(run.reference, *piece)[0], piece[1])
+            base_logprobs[rows] = ref_logprobs[rows] if run.base is run.reference else sequence_logprobs(
+                token_logprobs(run.base, *piece)[0], piece[1])
     seconds['reference'] = time.time() - started
 
-    started = time.time()
+    started, total_tokens = time.time(), all_sum(mask.sum())
     advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1) if algorithm == 'grpo' else None
-    total_tokens = all_sum(mask.sum())
-    logprobs, values = torch.zeros_like(rewards), torch.zeros_like(rewards)
-    for rows in rows_of:
-        micro_tokens, micro_mask = trim(tokens[rows], mask[rows])
-        micro_logprobs, head_values = token_logprobs(run.model, micro_tokens, micro_mask)
-        logprobs[rows] = sequence_logprobs(micro_logprobs.detach(), micro_mask)
+    for rows, *piece in pieces:
+        by_token, head_values = token_logprobs(run.model, *piece)
+        by_sequence = sequence_logprobs(by_token, piece[1])
+        logprobs[rows] = by_sequence.detach()
         values[rows] = head_values.detach() if stored_values is None else stored_values[rows]
         if algorithm == 'grpo':
-            loss = grpo_loss(micro_logprobs, micro_logprobs.detach(), advantages[rows], micro_mask)
-            loss = loss * micro_mask.sum() * world_size / total_tokens # a mean over the tokens of the whole batch
+            loss = grpo_loss(by_token, by_token.detach(), advantages[rows], piece[1])
+            loss = loss * piece[1].sum() * world_size / total_tokens # its mean is over the tokens of the whole batch
         else:
-            loss = apo_loss(sequence_logprobs(micro_logprobs, micro_mask), ref_logprobs[rows], rewards[rows], values[rows], beta2)
+            loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
             loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
         loss.backward()
     grad_norm = optimizer_step(run)
@@ -310,31 +314,33 @@ def update(run, batch, stored_values, seconds):
     seconds['update'] = time.time() - started
 
     residual = beta2 * (logprobs - ref_logprobs) - (rewards - values)
-    columns = dict(reward=rewards, accuracy=batch['correct'], formatted=batch['formatted'], truncated=batch['truncated'],
-                   length=mask.sum(1).float(), kl=logprobs - ref_logprobs, entropy=-logprobs / mask.sum(1), value=values,
-                   value_zero=(values <= 0).float(), residual=residual, residual_sq=residual.square())
-    means = all_sum(torch.stack(list(columns.values())).mean(1) / world_size).tolist()
-    metrics = dict(zip(columns, means))
-    metrics['residual_std'] = math.sqrt(max(0, metrics.pop('residual_sq') - metrics['residual'] ** 2))
-    return dict(metrics, grad_norm=grad_norm, tokens=int(total_tokens), **{f'seconds_{k}': round(v, 3) for k, v in seconds.items()})
+    columns = dict(reward=rewards, accuracy=batch['correct'], formatted=batch['formatted'],
+                   truncated=batch['truncated'], length=batch['length'], kl=logprobs - ref_logprobs,
+                   base_kl=logprobs - base_logprobs, entropy=-logprobs / batch['length'], value=values,
+                   value_zero=(values <= 0).float(), residual=residual, residual_std=residual.square())
+    metrics = dict(zip(columns, all_sum(torch.stack(list(columns.values())).mean(1) / world_size).tolist()))
+    metrics['residual_std'] = math.sqrt(max(0, metrics['residual_std'] - metrics['residual'] ** 2))
+    seconds = {f'seconds_{part}': round(spent, 3) for part, spent in seconds.items()}
+    return dict(metrics, grad_norm=grad_norm, tokens=int(total_tokens), **seconds)
 
 
 def token_logprobs(model, tokens, mask):
     """
-    Log-probabilities of the tokens under the mask at the sampling temperature, and the value head at the end of the prompt.
-    tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,).
+    Log-probabilities of the tokens under the mask at the sampling temperature, and the value head at the end of the
+    prompt. tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,).
     """
     targets = mask[:, 1:] # the logits at position t are about the token at t + 1
     with autocast():
         logits, values = model(tokens[:, :-1], at=targets)
     logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
     prompt_end = mask.int().argmax(1, keepdim=True) - 1
-    return torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs), values.gather(1, prompt_end).squeeze(1)
+    by_token = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+    return by_token, values.gather(1, prompt_end).squeeze(1)
 
 
 def micro_batches(mask):
-    """Indices of rows of about equal length, together at most micro_batch_tokens with their padding. Every rank must run the
-    model equally often, or FSDP waits for ever, so the rank that needs most decides how many."""
+    """Indices of rows of about equal length, together at most micro_batch_tokens with their padding. Every rank must
+    run the model equally often, or FSDP waits for ever, so the rank that needs most decides how many."""
     ends = (mask * torch.arange(mask.size(1), device=mask.device)).amax(1)
     pieces = torch.tensor(math.ceil(len(mask) * (int(ends.max()) + 16) / micro_batch_tokens), device=mask.device)
     if world_size > 1:
@@ -343,43 +349,50 @@ def micro_batches(mask):
 
 
 def trim(tokens, mask):
-    """Cut the padding behind the longest row; lengths are multiples of 16, for each new shape costs a CPU a new kernel."""
+    """Cut the padding behind the longest row; lengths are multiples of 16, for each new
+    shape costs a CPU a new kernel."""
     end = int(mask.any(0).nonzero().max()) + 1
     end = min(-(-end // 16) * 16, mask.size(1))
     return tokens[:, :end], mask[:, :end]
 
 
-def evaluate(run, when, count):
-    """Accuracy on `count` held-out problems, the same in every run, at eval_temperature; by difficulty, with a 95% interval."""
-    print0(f'evaluating on held-out problems {when} ...', end='\r')
-    problems = held_out_problems(run.task, count)
-    batch, _ = rollout(run, problems[rank::world_size], EVAL, eval_temperature)
-    rows = [dict(difficulty=run.task.difficulty(p), reward=r, correct=bool(c), formatted=bool(f), truncated=bool(t), length=n, prompt=run.task.prompt(p), response=text)
-            for p, r, c, f, t, n, text in zip(batch['problems'], batch['rewards'].tolist(), batch['correct'].tolist(), batch['formatted'].tolist(),
-                                              batch['truncated'].tolist(), batch['mask'].sum(1).tolist(), batch['texts'])]
-    rows = gather_lists(rows)
-    result = summarize(rows)
-    groups = sorted({r['difficulty'] for r in rows})
-    result['by_difficulty'] = {g: summarize([r for r in rows if r['difficulty'] == g])['accuracy'] for g in groups}
-    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{result['interval'][0]:.3f}, {result['interval'][1]:.3f}] of {len(rows)} "
-           f"({', '.join(f'{g} {a:.3f}' for g, a in result['by_difficulty'].items())}), formatted {result['formatted']:.3f}, "
-           f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
+def evaluate(run, count, at_temperature, repeat=1):
+    """
+    Grade `repeat` responses to each of `count` held-out problems, which are the same in every run; ranks share the
+    work. Returns a summary, with accuracy by difficulty and its Wilson 95% interval, and a dict for every response.
+    """
+    problems = held_out_problems(run.task, count)[rank::world_size]
+    batch, _ = rollout(run, problems, EVAL, at_temperature, repeat)
+    rows = gather_lists([
+        dict(zip(GRADES, grades), difficulty=run.task.difficulty(p), prompt=run.task.prompt(p), response=text)
+        for p, text, *grades in zip(batch['problems'], batch['texts'], *(batch[k].tolist() for k in GRADES))])
+    mean = lambda name, rows: sum(row[name] for row in rows) / len(rows)
+    n, p, z = len(rows), mean('correct', rows), 1.96
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    groups = sorted({row['difficulty'] for row in rows})
+    return dict(accuracy=p, interval_95=[(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)], count=n,
+                by_difficulty={g: mean('correct', [row for row in rows if row['difficulty'] == g]) for g in groups},
+                **{name: mean(name, rows) for name in GRADES if name != 'correct'}), rows
+
+
+def log_evaluation(run, when, count):
+    """Evaluate at eval_temperature, print the result, record it with eight of the responses; returns the summary."""
+    print0(f'evaluating {when} on held-out problems ...', end='\r')
+    result, rows = evaluate(run, count, eval_temperature)
+    low, high = result['interval_95']
+    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}"
+           + ''.join(f', {group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items())
+           + f", formatted {result['formatted']:.3f}, truncated {result['truncated']:.3f}, "
+             f"{result['length']:.0f} tokens")
     append('metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 1), phase='evaluation', **result))
     for row in rows[:8]:
         append('samples.jsonl', dict(step=run.step, **row))
     return result
 
 
-def summarize(rows):
-    """Means of graded responses, and the Wilson 95% interval of the accuracy."""
-    n, result = len(rows), {k: sum(r[k] for r in rows) / len(rows) for k in ('reward', 'formatted', 'truncated', 'length')}
-    p, z = sum(r['correct'] for r in rows) / n, 1.96
-    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    return dict(accuracy=p, interval=[(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)], count=n, **result)
-
-
 def draw(task, stream, step, count):
-    """This rank's share of `count` training problems, each with its generator: a function of (seed, stream, step, index)."""
+    """This rank's share of `count` training problems, each with its generator: a function of
+    (seed, stream, step, index)."""
     local = range(rank * count // world_size, (rank + 1) * count // world_size)
     rngs = [np.random.default_rng((seed, stream, step, i)) for i in local]
     return [(task.draw(rng), rng) for rng in rngs]
@@ -395,7 +408,7 @@ def held_out_problems(task, count):
     return list(found.values())
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # Model, optimizer, ranks
 
 def build(checkpoint):
@@ -403,8 +416,8 @@ def build(checkpoint):
     the_task = TASKS[task](**{name: globals()[name] for name in TASK_SETTINGS[task]})
     tokenizer = Tokenizer(checkpoint['tokenizer'] if checkpoint else the_task.tokens)
     if tokenizer.tokens != the_task.tokens:
-        fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these settings "
-             f"({len(the_task.tokens)} tokens): use the task and the number ranges it was trained with")
+        fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these "
+             f"settings ({len(the_task.tokens)} tokens): use the task and the number ranges it was trained with")
     torch.manual_seed(seed)
     try:
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
@@ -419,7 +432,8 @@ def build(checkpoint):
         embed_numbers(model, tokenizer)
     print0(f"{model.num_params():,} parameters, {len(tokenizer.tokens)} tokens in the vocabulary")
     run = Run(the_task, tokenizer, model, sampler=model)
-    # Sampling needs whole weights in the precision that computes. On one rank in float32 the policy's own are just that.
+    # Sampling needs whole weights in the precision that computes. On one rank in float32
+    # the policy's own are just that.
     if world_size > 1 or dtype != 'float32':
         run.sampler = frozen_copy(model)
     if world_size > 1:
@@ -438,8 +452,9 @@ def build(checkpoint):
 
 @torch.no_grad()
 def embed_numbers(model, tokenizer):
-    """Tokens that are numbers start as sines and cosines of their value (after FoNE, arXiv 2502.09741). Adding then is turning,
-    which the model learns in minutes; from random vectors it has to discover the order of the numbers first."""
+    """Tokens that are numbers start as sines and cosines of their value (after FoNE, arXiv 2502.09741). Adding then
+    is turning, which the model learns in minutes; from random vectors it has to discover the order of the numbers
+    first."""
     ids = torch.tensor([i for i, token in enumerate(tokenizer.tokens) if token.isdigit()], device=device)
     numbers = torch.tensor([float(t) for t in tokenizer.tokens if t.isdigit()], device=device)
     angles = numbers[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400], device=device)
@@ -463,27 +478,30 @@ def copy_weights(model, whole):
 
 
 def make_optimizers(model, lr, muon_lr):
-    """AdamW on float32 master weights, and Muon for the matrices of the blocks where muon_lr is not 0. The value head is a
-    small regression beside the policy, with a learning rate of its own."""
+    """AdamW on float32 master weights, and Muon for the matrices of the blocks where muon_lr is not 0. The value head
+    is a small regression beside the policy, with a learning rate of its own."""
     head, matrices, rest = [], [], []
     for name, p in model.named_parameters():
-        (head if name.startswith('value_head') else matrices if muon_lr and p.dim() == 2 and 'blocks' in name else rest).append(p)
-    groups = [dict(params=rest, lr=lr, initial_lr=lr), dict(params=head, lr=value_learning_rate, initial_lr=value_learning_rate)]
+        in_block = muon_lr and p.dim() == 2 and 'blocks' in name
+        (head if name.startswith('value_head') else matrices if in_block else rest).append(p)
+    groups = [dict(params=rest, lr=lr, initial_lr=lr),
+              dict(params=head, lr=value_learning_rate, initial_lr=value_learning_rate)]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
     return [adamw, Muon([dict(params=matrices, lr=muon_lr, initial_lr=muon_lr)])] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update is made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024), so that every direction
-    of a matrix learns equally fast. torch.optim.Muon is the same in bfloat16, which most CPUs compute slower than float32.
+    Momentum whose update is made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024), so that every
+    direction of a matrix learns equally fast. torch.optim.Muon is the same in bfloat16, which most CPUs compute
+    slower than float32.
     """
 
     def __init__(self, groups, momentum=0.95):
         super().__init__(groups, dict(momentum=momentum))
 
     @torch.no_grad()
-    def step(self):
+    def step(self, closure=None):
         for group in self.param_groups:
             for p in group['params']:
                 if p.grad is None:
@@ -546,12 +564,12 @@ def gather_lists(rows):
     return [row for part in lists for row in part]
 
 
-# -----------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------------------------
 # Settings, checkpoints, records
 
 def configure(argv):
-    """Settle every setting: defaults, then those stored in a checkpoint that is resumed, then the command line, then AUTO.
-    Sets the globals; returns the checkpoint to start from, or None."""
+    """Settle every setting: defaults, then those stored in a checkpoint that is resumed, then the command line, then
+    AUTO. Sets the globals; returns the checkpoint to start from, or None."""
     given = parse_arguments(argv)
     globals().update(given)
     global rank, world_size, out_dir, device, dtype
@@ -581,7 +599,8 @@ def configure(argv):
     globals().update(chosen)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
-    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, {world_size} rank(s), torch {torch.__version__}")
+    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
+           f"{world_size} rank(s), torch {torch.__version__}")
     print0(f"chosen for {task} on this machine ({kind}): " + ', '.join(f'{k}={v}' for k, v in chosen.items()))
     for name in ('warmup_steps', 'max_steps'):
         globals()[name] = max(0, globals()[name])
@@ -603,14 +622,16 @@ def parse_arguments(argv):
         name, equals, value = word.removeprefix('--').partition('=')
         if not word.startswith('--') or name not in SETTINGS:
             close = difflib.get_close_matches(name, SETTINGS, n=1)
-            fail(f"unknown setting {word!r}{f'; did you mean --{close[0]}?' if close else ''} (python train.py --help lists all)")
+            fail(f"unknown setting {word!r}{f'; did you mean --{close[0]}?' if close else ''} "
+                 "(python train.py --help lists all)")
         if not equals and not words:
             fail(f"--{name} needs a value, as in --{name}={SETTINGS[name]}")
         value, kind = value if equals else words.pop(0), type(SETTINGS[name])
         try:
             given[name] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
-            fail(f"--{name} takes {dict(bool='True or False', int='a whole number', float='a number')[kind.__name__]}, not {value!r}")
+            fail(f"--{name} takes {dict(bool='True or False', int='a whole number', float='a number')[kind.__name__]}, "
+                 f"not {value!r}")
     return given
 
 
@@ -626,7 +647,8 @@ def choose_device():
     if device == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ: # torchrun gives each of several processes one thread
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ['LOCAL_WORLD_SIZE'])))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
-        # Keep freed memory for the next tensor instead of giving it back: a fifth faster (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
+        # Keep freed memory for the next tensor instead of giving it back: a fifth faster
+        # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
         for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
     if device == 'cuda':
@@ -645,14 +667,16 @@ def check_settings():
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
-    for name in ('batch_size', 'warmup_batch_size', 'num_train_samples', 'max_new_tokens', 'num_responses_per_prompt', 'num_eval_samples',
-                 'micro_batch_tokens', 'rollout_rows', 'eval_interval', 'checkpoint_interval', 'max_number', 'max_target', 'max_factor'):
+    for name in ('batch_size', 'warmup_batch_size', 'num_train_samples', 'max_new_tokens', 'num_responses_per_prompt',
+                 'num_eval_samples', 'micro_batch_tokens', 'rollout_rows', 'eval_interval', 'checkpoint_interval',
+                 'max_number', 'max_target', 'max_factor'):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, not {globals()[name]}")
-    for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate', 'value_learning_rate', 'grad_clip'):
+    for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate',
+                 'value_learning_rate', 'grad_clip'):
         if not 0 < globals()[name] < math.inf:
-            fail(f"--{name} must be above 0, not {globals()[name]}" + (
-                "; sampling is what A*PO learns from, only --eval_temperature may be 0" if name == 'temperature' else ''))
+            fail(f"--{name} must be above 0, not {globals()[name]}" + ("; sampling is what A*PO learns from, "
+                 "only --eval_temperature may be 0" if name == 'temperature' else ''))
     if not 2 <= min_numbers <= max_numbers <= 6:
         fail(f"countdown takes 2 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
     if not 0 <= partial_credit < 1:
@@ -661,7 +685,8 @@ def check_settings():
         fail(f"--eval_temperature must be 0 (greedy) or above, not {eval_temperature}")
     unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
     if batch_size % unit or warmup_batch_size % world_size or num_train_samples % world_size:
-        fail(f"--batch_size={batch_size} must be a multiple of {unit} (ranks{' x num_responses_per_prompt' if algorithm == 'grpo' else ''}), "
+        fail(f"--batch_size={batch_size} must be a multiple of {unit} "
+             f"(ranks{' x num_responses_per_prompt' if algorithm == 'grpo' else ''}), "
              f"--warmup_batch_size={warmup_batch_size} and --num_train_samples={num_train_samples} of {world_size}")
 
 
@@ -702,9 +727,10 @@ def save_checkpoint(run, name=None):
     optimizer = get_optimizer_state_dict(run.model, run.optimizers, options=options)
     if rank:
         return
-    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, config=dataclasses.asdict(run.model.config),
-                      tokenizer=run.tokenizer.tokens, model=weights, optimizer=optimizer, values=run.values, step=run.step,
-                      seconds=run.seconds, warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps,
+    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS},
+                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.tokens, model=weights,
+                      optimizer=optimizer, values=run.values, step=run.step, seconds=run.seconds,
+                      warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps,
                       reference=run.reference and run.reference.state_dict(),
                       base=None if run.base is run.reference else run.base.state_dict())
     path = os.path.join(out_dir, name or f'checkpoint_step_{run.step}.pt')
@@ -717,11 +743,13 @@ def save_checkpoint(run, name=None):
     except (OSError, RuntimeError) as error: # torch reports a full disk as a RuntimeError
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')
-        fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); earlier checkpoints are whole")
+        fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); "
+             "earlier checkpoints are whole")
 
 
 def load_run(path, **changes):
-    """The model, task and tokenizer of a checkpoint, with its settings, ready to respond: what sample.py needs of a Run."""
+    """The model, task and tokenizer of a checkpoint, with its settings, ready to respond:
+    what sample.py needs of a Run."""
     checkpoint = load_checkpoint(path)
     globals().update(checkpoint['settings'] | dict(dtype='auto', compile=False, init_from=path) | changes)
     choose_device()
@@ -781,8 +809,9 @@ def report(run, phase, every=1, **metrics):
     if phase == 'warm-up':
         text = f"loss {metrics['loss']:.3f}"
     else:
-        text = (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  length {metrics['length']:.0f}  "
-                f"truncated {metrics['truncated']:.2f}  {metrics['tokens'] / sum(v for k, v in metrics.items() if k.startswith('seconds_')):,.0f} tokens/s")
+        speed = metrics['tokens'] / sum(v for k, v in metrics.items() if k.startswith('seconds_'))
+        text = (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
+                f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}  {speed:,.0f} tokens/s")
     print0(f"{phase} {run.step - first}/{last - first}  {text}  {run.seconds / 60:.1f} min, {left}")
 
 
@@ -795,18 +824,18 @@ def append(name, row):
 
 def finish(run):
     """The final evaluation, model, summary and curves."""
-    result = evaluate(run, 'at the end', num_eval_samples)
+    result = log_evaluation(run, 'at the end', num_eval_samples)
     save_checkpoint(run, 'tinyzero_astarpo_final.pt')
     if rank:
         return
-    git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'], capture_output=True, text=True)
-    summary = dict(task=task, accuracy=result['accuracy'], interval_95=result['interval'], accuracy_by_difficulty=result['by_difficulty'],
-                   average_reward=result['reward'], accuracy_after_warmup=run.warmup_accuracy, num_eval_samples=result['count'],
-                   formatted=result['formatted'], truncated=result['truncated'], response_length=result['length'],
-                   parameters=run.model.num_params(), steps=run.step, seconds=round(run.seconds, 1), ranks=world_size,
-                   settings={k: globals()[k] for k in SETTINGS}, git_commit=git.stdout.strip() or None,
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__),
-                   machine=f'{platform.machine()}, {torch.get_num_threads()} threads' if device == 'cpu' else torch.cuda.get_device_name())
+    git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'],
+                         capture_output=True, text=True)
+    result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
+    summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
+                   steps=run.step, seconds=round(run.seconds, 1), device=device, ranks=world_size,
+                   threads=torch.get_num_threads(), settings={k: globals()[k] for k in SETTINGS},
+                   git_commit=git.stdout.strip() or None,
+                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
     from sample import plot_runs
@@ -814,8 +843,8 @@ def finish(run):
         plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
     except SystemExit as missing:
         print0(f"no curves.png: {missing}")
-    print0(f"{run.seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, {result['accuracy']:.3f} at the end. "
-           f"See {out_dir}; now try: python sample.py")
+    print0(f"{run.seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
+           f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py")
 
 
 def print0(*words, **options):
