@@ -113,7 +113,7 @@ stop_signal = 0 # the number of the signal that asked this process to stop
 
 @dataclasses.dataclass
 class Run:
-    """What a run consists of; a checkpoint holds just this."""
+    """What a run consists of."""
     task: object
     tokenizer: Tokenizer
     model: Transformer # the policy pi, and the value head; sharded when there are several ranks
@@ -180,7 +180,12 @@ def warm_up_step(run):
     sequences = []
     for problem, rng in draw(run.task, WARMUP, run.step, warmup_batch_size):
         prompt = run.tokenizer.encode(run.task.prompt(problem))
-        response = run.tokenizer.encode(run.task.demonstration(problem, rng)) + [run.tokenizer.eos]
+        for _ in range(100): # a demonstration that the policy could not give within its limit is drawn again
+            response = run.tokenizer.encode(run.task.demonstration(problem, rng)) + [run.tokenizer.eos]
+            if len(response) <= max_new_tokens:
+                break
+        else:
+            fail(f"--max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
         sequences.append((prompt, response))
     tokens = torch.full((len(sequences), max(len(p) + len(r) for p, r in sequences)), run.tokenizer.eos)
     mask = torch.zeros(tokens.shape, dtype=torch.bool)
@@ -691,13 +696,10 @@ def check_settings():
 
 
 def checkpoints(folder):
-    """The paths of the checkpoints in a run's folder, oldest first; the final model counts as the newest."""
-    if not os.path.isdir(folder):
-        return []
-    steps = sorted(int(m[1]) for m in map(re.compile(r'checkpoint_step_(\d+)\.pt').fullmatch, os.listdir(folder)) if m)
-    paths = [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
-    final = os.path.join(folder, 'tinyzero_astarpo_final.pt')
-    return paths + [final] if os.path.exists(final) else paths
+    """The paths of the checkpoints in a run's folder that can be resumed, oldest first."""
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    steps = sorted(int(m[1]) for m in map(re.compile(r'checkpoint_step_(\d+)\.pt').fullmatch, names) if m)
+    return [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
 
 
 def load_checkpoint(path):
@@ -719,21 +721,21 @@ def load_checkpoint(path):
     return checkpoint
 
 
-def save_checkpoint(run, name=None):
-    """Write all of the run's state to a temporary file, flush it, rename it: a checkpoint is whole or not there.
-    Every rank takes part, because sharded weights are gathered; rank 0 writes."""
+def save_checkpoint(run, final=False):
+    """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
+    it: a checkpoint is whole or not there. Every rank takes part, for weights are gathered; rank 0 writes."""
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    weights = get_model_state_dict(run.model, options=options)
-    optimizer = get_optimizer_state_dict(run.model, run.optimizers, options=options)
+    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, step=run.step,
+                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.tokens,
+                      model=get_model_state_dict(run.model, options=options))
+    if not final:
+        checkpoint |= dict(optimizer=get_optimizer_state_dict(run.model, run.optimizers, options=options),
+                           reference=run.reference and run.reference.state_dict(), values=run.values,
+                           base=None if run.base is run.reference else run.base.state_dict(),
+                           seconds=run.seconds, warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps)
     if rank:
         return
-    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS},
-                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.tokens, model=weights,
-                      optimizer=optimizer, values=run.values, step=run.step, seconds=run.seconds,
-                      warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps,
-                      reference=run.reference and run.reference.state_dict(),
-                      base=None if run.base is run.reference else run.base.state_dict())
-    path = os.path.join(out_dir, name or f'checkpoint_step_{run.step}.pt')
+    path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
     try:
         with open(path + '.tmp', 'wb') as file:
             torch.save(checkpoint, file)
@@ -825,7 +827,8 @@ def append(name, row):
 def finish(run):
     """The final evaluation, model, summary and curves."""
     result = log_evaluation(run, 'at the end', num_eval_samples)
-    save_checkpoint(run, 'tinyzero_astarpo_final.pt')
+    save_checkpoint(run)
+    save_checkpoint(run, final=True)
     if rank:
         return
     git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'],
