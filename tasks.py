@@ -134,7 +134,8 @@ class Countdown(Task):
     would favour targets with many solutions and make the puzzles easier.
     """
 
-    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0, max_attempts=16):
+    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0,
+                 max_attempts=16):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
@@ -208,11 +209,11 @@ class Countdown(Task):
 
     def grade(self, problem, response):
         answer = extract_answer(response)
-        try:
-            value, used = evaluate(answer) if answer is not None else (None, None)
-        except ValueError:
-            return WRONG
         if answer is None:
+            return WRONG
+        try:
+            value, used = evaluate(answer)
+        except ValueError:
             return WRONG
         if value is None or sorted(used) != sorted(problem.numbers):
             return Grade(0.0, False, True)
@@ -226,41 +227,39 @@ def evaluate(text):
     """
     The value of an arithmetic expression as an exact Fraction (None when it divides by zero), and the integers it uses.
 
-    Grammar: sum = product (('+' | '-') product)*; product = atom (('*' | '/') atom)*; atom = integer | '(' sum ')'.
-    Integers are ASCII digits without leading zero; no signs, dots or underscores; white space only between tokens.
-    Raises ValueError on anything else. Work and depth are bounded by the 256 characters that
-    extract_answer lets through.
+    Integers are ASCII digits without leading zero; + - * / and parentheses, no signs, dots or underscores; white space
+    only between tokens. Raises ValueError on anything else. Operators wait on a stack until what follows binds less
+    tightly: no recursion, so no depth of parentheses can exhaust Python's.
     """
-    tokens = re.findall(r'[0-9]+|[^ \t\r\n]', text)[::-1] # the next token is the last element
-    used = []
+    binds = {'(': 0, '+': 1, '-': 1, '*': 2, '/': 2}
+    values, operators, used, expects_number = [], [], [], True
+    for token in ['(', *re.findall(r'[0-9]+|[^ \t\r\n]', text), ')']:
+        if expects_number and token == '(':
+            operators.append(token)
+        elif expects_number and re.fullmatch('0|[1-9][0-9]*', token):
+            used.append(int(token))
+            values.append(Fraction(used[-1]))
+            expects_number = False
+        elif not expects_number and token in '+-*/)':
+            while operators and operators[-1] != '(' and (token == ')' or binds[operators[-1]] >= binds[token]):
+                y, x = values.pop(), values.pop()
+                values.append(apply(x, operators.pop(), y))
+            if token == ')' and not operators:
+                raise ValueError("a parenthesis closes that was not opened")
+            operators.pop() if token == ')' else operators.append(token)
+            expects_number = token != ')'
+        else:
+            raise ValueError(f"{token!r} is not expected here")
+    if operators:
+        raise ValueError("a parenthesis is not closed")
+    return values.pop(), used
 
-    def atom():
-        token = tokens.pop() if tokens else ''
-        if token == '(':
-            value = binary('+-', lambda: binary('*/', atom))
-            if not tokens or tokens.pop() != ')':
-                raise ValueError("a parenthesis is not closed")
-            return value
-        if not re.fullmatch('0|[1-9][0-9]*', token):
-            raise ValueError(f"{token!r} is not a number")
-        used.append(int(token))
-        return Fraction(used[-1])
 
-    def binary(operators, operand):
-        value = operand()
-        while tokens and tokens[-1] in operators:
-            value = apply(value, tokens.pop(), operand())
-        return value
-
-    def apply(x, operator, y):
-        if x is None or y is None or operator == '/' and y == 0:
-            return None
-        return x + y if operator == '+' else x - y if operator == '-' else x * y if operator == '*' else x / y
-
-    value = binary('+-', lambda: binary('*/', atom))
-    if tokens:
-        raise ValueError(f"{tokens[-1]!r} is not expected here")
-    return value, used
+def apply(x, operator, y):
+    """x operator y, or None where a division by zero is in it."""
+    if x is None or y is None or operator == '/' and y == 0:
+        return None
+    return x + y if operator == '+' else x - y if operator == '-' else x * y if operator == '*' else x / y
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -25,9 +25,10 @@ from tasks import EOS, TASKS, Countdown, CountdownProblem, Multiplication, Multi
 
 train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
-TINY = ['--d_model=32', '--n_layers=2', '--n_heads=2', '--d_ff=64', '--batch_size=32', '--warmup_batch_size=16',
-        '--num_train_samples=32', '--num_eval_samples=64', '--num_responses_per_prompt=4', '--max_new_tokens=32',
-        '--task=multiplication', '--max_factor=5']
+# A model that learns 5 x 5 well enough in a second or two to earn rewards.
+TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--d_ff=128',
+        '--warmup_steps=60', '--warmup_batch_size=16', '--batch_size=32', '--num_train_samples=32',
+        '--max_new_tokens=32', '--num_responses_per_prompt=4', '--num_eval_samples=64', '--learning_rate=1e-3']
 
 
 def run(*command, ranks=0, **options):
@@ -252,7 +253,7 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
     accuracy = np.mean([g.correct for g in grades])
-    assert accuracy == 1 if name == 'multiplication' else 0.1 < accuracy < 0.4, "countdown's demonstrations often fail"
+    assert accuracy == 1 if name == 'multiplication' else 0.4 < accuracy < 0.7, "countdown's demonstrations often fail"
     assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0
                for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
 
@@ -336,6 +337,7 @@ ENDINGS = ['</think><answer>{}</answer>', '\n</think>\n<answer>{}</answer>\n',
 WRONG_ANSWERS = [
     '22', '', ' ', '3*5', '3+5+7', '3*5+7+0', '3*5+7*1', '3*5+7-7+7', '3*5*7', '7*3+1', '3*7+1', '3**5+7', '3*5+7**1',
     '3//5+7', '3*5+7//1', '-3*-5+7', '+3*5+7', '3*+5+7', '3*5--7', '3*5+-7', '(-3)*(-5)+7', '~3*5+7', '3.0*5+7',
+    '(' * 256, ')' * 256, '(' * 128 + ')' * 128, '()' * 128, '1+(' * 85, '3*5+7)(',
     '3*5.+7', '3*5+7.0', '3,5,7', '03*5+7', '3*05+7', '3*5+007', '3_*5+7', '3*5+7_', '٣*5+7', '３*5+7', '3×5+7', '3*5＋7',
     '3x5+7', '3*5+7=22', '22=3*5+7', '3*5+7;', '3*5+7 #', '(3*5+7', '3*5+7)', '(3*5)+(7', ')3*5+7(', '()3*5+7', '3 5*7',
     '3(5)+7', '3*5 7', '3*(5+7', '3*5+', '*3*5+7', '3*5+7 or 22', 'int(3*5+7)', '__import__("os")', 'eval("22")',
@@ -397,6 +399,17 @@ def test_multiplication_answers():
                    '5548\u00a0', '0x15ac', '', '5.548e3', '5548 or 1'):
         assert task.grade(problem, f'</think><answer>{answer}</answer>') == (0.0, False, False), answer
     assert task.grade(problem, '</think><answer>5547</answer>') == (0.0, False, True)
+
+
+def test_long_random_answers_never_raise():
+    """Up to the 256 characters and beyond: deep nesting once exhausted Python's recursion here."""
+    rng = random.Random(1)
+    for alphabet in ('(', '()', '(1', '(1+', '1)', '()1+-*/', '(3*5+7)', '9', '1/(', '-+', '3 5\n', '()<>aé٣\x00'):
+        for length in (1, 2, 100, 254, 255, 256, 257, 5000):
+            text = ''.join(rng.choices(alphabet, k=length))
+            for answer in (text, alphabet * (length // len(alphabet))):
+                assert not Countdown().grade(PUZZLE, ENDINGS[0].format(answer)).correct or len(answer) <= 256
+                assert not Multiplication().grade(MultiplicationProblem(3, 4), ENDINGS[0].format(answer)).correct
 
 
 def test_random_answers_never_raise_and_agree_with_an_independent_check():
@@ -477,8 +490,7 @@ def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
 def trained(tmp_path_factory):
     """One tiny run with a checkpoint at every step and all that A*PO offers switched on; its out_dir and arguments."""
     out = tmp_path_factory.mktemp('runs') / 'whole'
-    arguments = [*TINY, '--warmup_steps=6', '--max_steps=6', '--checkpoint_interval=1', '--eval_interval=3',
-                 '--ref_update_interval=4', '--learning_rate=1e-2']
+    arguments = [*TINY, '--max_steps=8', '--checkpoint_interval=2', '--eval_interval=4', '--ref_update_interval=4']
     process = run('train.py', *arguments, f'--out_dir={out}', '--device=cpu',
                   env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert process.returncode == 0, process.stderr
@@ -492,16 +504,17 @@ def test_a_run_leaves_what_it_promises(trained):
     for name in ('task', 'accuracy', 'interval_95', 'accuracy_by_difficulty', 'average_reward', 'accuracy_after_warmup',
                  'parameters', 'seconds', 'settings', 'versions', 'git_commit'):
         assert name in summary
-    assert summary['settings']['d_model'] == 32 and summary['settings']['n_layers'] == 2
+    assert summary['settings']['d_model'] == 64 and summary['settings']['n_layers'] == 2
     assert os.path.getsize(f'{out}/curves.png') > 10_000
     rows = metrics(out)
-    assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 7))
+    assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 61))
     steps = [r for r in rows if r['phase'] == 'apo']
-    assert [r['step'] for r in steps] == list(range(7, 13))
+    assert [r['step'] for r in steps] == list(range(61, 69))
     for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
                  'grad_norm', 'seconds_rollout', 'seconds_update'):
         assert all(math.isfinite(r[name]) for r in steps), name
     assert abs(steps[0]['kl']) < 1e-4, "the first step is taken from the reference itself"
+    assert any(r['reward'] > 0 for r in steps), "no reward, so this run tests little"
     assert {'correct', 'response', 'prompt'} <= set(json.loads(open(f'{out}/samples.jsonl').readline()))
 
 
@@ -514,7 +527,7 @@ def assert_same(a, b):
         assert x[0] == y[0] and torch.equal(x[1], y[1]), x[0]
 
 
-@pytest.mark.parametrize('step', [3, 6, 8, 10, 11])
+@pytest.mark.parametrize('step', [30, 60, 62, 64, 66])
 def test_resume_equals_uninterrupted_to_the_bit(trained, tmp_path, step):
     """From the warm-up, from behind stage 1, and after a refresh of the reference."""
     out, arguments = trained
@@ -529,37 +542,48 @@ def test_resume_equals_uninterrupted_to_the_bit(trained, tmp_path, step):
 @pytest.mark.parametrize('extra', [
     ['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True']])
 def test_resume_is_exact_for_grpo_and_for_stored_values(settings, tmp_path, extra):
-    arguments = [*TINY, '--warmup_steps=8', '--checkpoint_interval=2', '--learning_rate=1e-2',
-                 '--warmup_learning_rate=1e-2', *extra]
+    arguments = [*TINY, '--checkpoint_interval=2', *extra]
     torch.set_num_threads(1)
     main(settings, *arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
     os.makedirs(tmp_path / 'part')
-    os.link(tmp_path / 'whole' / 'checkpoint_step_12.pt', tmp_path / 'part' / 'checkpoint_step_12.pt')
+    os.link(tmp_path / 'whole' / 'checkpoint_step_64.pt', tmp_path / 'part' / 'checkpoint_step_64.pt')
     main(settings, '--init_from=resume', f'--out_dir={tmp_path}/part')
     assert_same(weights(tmp_path / 'whole' / 'tinyzero_astarpo_final.pt'),
                 weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
 
 
-def test_two_ranks_take_the_steps_of_one(tmp_path):
-    """Sharded over two processes, with greedy sampling:
-    the same problems, the same losses, the same weights within 1e-5."""
+@pytest.mark.parametrize('algorithm', ['apo', 'grpo'])
+def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
+    """Learning itself: from a warm-up that was cut short, a minute of A*PO (and of GRPO, to compare with)."""
+    main(settings, *TINY, f'--algorithm={algorithm}', '--warmup_steps=45', '--max_steps=60', '--batch_size=64',
+         f'--out_dir={tmp_path}/run')
+    rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
+    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.2
+
+
+def test_two_ranks_take_the_steps_of_one(trained, tmp_path):
+    """Sharded over two processes, with greedy sampling: the same problems, gradients and weights as one process."""
     driver = tmp_path / 'driver.py'
     driver.write_text("import train\nsampled = train.generate\n"
                       "train.generate = lambda model, prompts, n, temperature, eos, generator: "
                       "sampled(model, prompts, n, 0, eos, generator)\n"
                       "if __name__ == '__main__':\n    train.main()\n")
     environment = {**os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1'}
-    for ranks in (1, 2):
-        arguments = [*TINY, '--warmup_steps=8', '--max_steps=3', '--device=cpu', '--micro_batch_tokens=512',
-                     f'--out_dir={tmp_path}/{ranks}']
-        process = run(driver, *arguments, ranks=ranks, env=environment)
-        assert process.returncode == 0, process.stderr
-    one, two = (weights(tmp_path / str(ranks) / 'tinyzero_astarpo_final.pt')['model'] for ranks in (1, 2))
-    for name in one:
-        assert torch.allclose(one[name], two[name], atol=1e-5), name
-    for a, b in zip(metrics(tmp_path / '1'), metrics(tmp_path / '2')):
-        for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
-            assert name not in a or abs(a[name] - b[name]) < 1e-4, name
+    phases = dict(warmup=['--warmup_steps=10', '--max_steps=-1'], # stage 1 would refuse a model as raw as this
+                  stage2=['--warmup_steps=-1', '--max_steps=3', '--learning_rate=1e-5',
+                          f'--init_from={trained[0]}/tinyzero_astarpo_final.pt'])
+    for phase, extra in phases.items():
+        for ranks in (1, 2):
+            process = run(driver, *TINY, *extra, '--device=cpu', '--micro_batch_tokens=512',
+                          f'--out_dir={tmp_path}/{phase}{ranks}', ranks=ranks, env=environment)
+            assert process.returncode == 0, process.stderr
+        one, two = (weights(tmp_path / f'{phase}{ranks}' / 'tinyzero_astarpo_final.pt')['model'] for ranks in (1, 2))
+        for name in one:
+            assert torch.allclose(one[name], two[name], atol=2e-5), (phase, name)
+        rows = zip(metrics(tmp_path / f'{phase}1'), metrics(tmp_path / f'{phase}2'))
+        for a, b in rows:
+            for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
+                assert name not in a or abs(a[name] - b[name]) < 1e-4, (phase, name)
 
 
 def test_a_second_run_does_not_overwrite_the_first(settings, trained):
@@ -660,7 +684,7 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     notebook = nbformat.read(f'{HERE}/TinyZero_AstarPO.ipynb', as_version=4)
     notebook.cells[1].source += f"\nOUT = {str(tmp_path / 'run')!r}"
     os.environ['NOTEBOOK_ARGS'] = ' '.join(
-        [*TINY, '--max_factor=8', '--warmup_steps=150', '--max_steps=2', '--device=cpu'])
+        [*TINY, '--max_steps=2', '--device=cpu'])
     nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
                             resources=dict(metadata=dict(path=HERE))).execute()
     assert os.path.exists(tmp_path / 'run' / 'curves.png')

@@ -90,15 +90,18 @@ SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and not name.startswith('_')}
 
 
+# What the settings that are left open become: by machine, by task, and by both.
 MACHINE = {
     'cpu': dict(**SIZES['small'], batch_size=256, micro_batch_tokens=8192, rollout_rows=1024, eval_interval=25),
     'gpu': dict(**SIZES['50m'], batch_size=1024, micro_batch_tokens=131072, rollout_rows=4096, eval_interval=100),
 }
 AUTO = {
-    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, max_new_tokens=256, num_train_samples=256),
-    ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, max_new_tokens=256, num_train_samples=2048),
-    ('multiplication', 'cpu'): dict(warmup_steps=600, warmup_batch_size=32, max_steps=100, max_new_tokens=64, num_train_samples=512),
-    ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, max_new_tokens=64, num_train_samples=2048),
+    'countdown': dict(max_new_tokens=256),
+    'multiplication': dict(max_new_tokens=64),
+    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, num_train_samples=256),
+    ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
+    ('multiplication', 'cpu'): dict(warmup_steps=600, warmup_batch_size=32, max_steps=100, num_train_samples=512),
+    ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
 }
 TASK_SETTINGS = {
     'countdown': ('min_numbers', 'max_numbers', 'max_number', 'max_target', 'partial_credit'),
@@ -132,6 +135,7 @@ class Run:
 def main():
     checkpoint = configure(sys.argv[1:])
     run = build(checkpoint)
+    print0(f"{run.model.num_params():,} parameters, {len(run.tokenizer.tokens)} tokens in the vocabulary")
     started = time.time() - run.seconds
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
@@ -145,7 +149,8 @@ def main():
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
         run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
-        run.warmup_accuracy = log_evaluation(run, 'after the warm-up', num_eval_samples)['accuracy']
+        if max_steps:
+            run.warmup_accuracy = log_evaluation(run, 'after the warm-up', num_eval_samples)['accuracy']
 
     # Stage 1: the frozen reference answers each prompt several times; V* follows from the rewards.
     if max_steps and algorithm == 'apo' and run.values is None:
@@ -223,15 +228,12 @@ def estimate_values(run):
         fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
              "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
     # The head reads only the prompt, so this costs a few seconds.
-    prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
-    tokens = torch.full((len(prompts), int(lengths.max())), run.tokenizer.eos, device=device)
-    for i, prompt in enumerate(prompts):
-        tokens[i, :len(prompt)] = torch.tensor(prompt)
+    ends = batch['mask'][::num_responses_per_prompt].int().argmax(1, keepdim=True) - 1 # where the prompts end
+    tokens = batch['tokens'][::num_responses_per_prompt, :int(ends.max()) + 1]
     for _ in range(100):
         with autocast():
             _, values = run.model(tokens, at=torch.zeros_like(tokens, dtype=torch.bool))
-        value_loss(values.gather(1, lengths[:, None] - 1).squeeze(1), local_rewards, beta1).backward()
+        value_loss(values.gather(1, ends).squeeze(1), local_rewards, beta1).backward()
         optimizer_step(run)
 
 
@@ -366,11 +368,12 @@ def evaluate(run, count, at_temperature, repeat=1):
     Grade `repeat` responses to each of `count` held-out problems, which are the same in every run; ranks share the
     work. Returns a summary, with accuracy by difficulty and its Wilson 95% interval, and a dict for every response.
     """
-    problems = held_out_problems(run.task, count)[rank::world_size]
-    batch, _ = rollout(run, problems, EVAL, at_temperature, repeat)
+    problems = held_out_problems(run.task, count)
+    batch, _ = rollout(run, problems[rank::world_size] or problems[:1], EVAL, at_temperature, repeat)
     rows = gather_lists([
         dict(zip(GRADES, grades), difficulty=run.task.difficulty(p), prompt=run.task.prompt(p), response=text)
-        for p, text, *grades in zip(batch['problems'], batch['texts'], *(batch[k].tolist() for k in GRADES))])
+        for p, text, *grades in zip(batch['problems'], batch['texts'], *(batch[k].tolist() for k in GRADES))]
+                        if rank < len(problems) else [])
     mean = lambda name, rows: sum(row[name] for row in rows) / len(rows)
     n, p, z = len(rows), mean('correct', rows), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -382,7 +385,8 @@ def evaluate(run, count, at_temperature, repeat=1):
 
 def log_evaluation(run, when, count):
     """Evaluate at eval_temperature, print the result, record it with eight of the responses; returns the summary."""
-    print0(f'evaluating {when} on held-out problems ...', end='\r')
+    if sys.stdout.isatty():
+        print0(f'evaluating {when} on held-out problems ...', end='\r')
     result, rows = evaluate(run, count, eval_temperature)
     low, high = result['interval_95']
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}"
@@ -435,11 +439,9 @@ def build(checkpoint):
         model.load_state_dict(checkpoint['model'])
     elif tokenizer.whole_numbers:
         embed_numbers(model, tokenizer)
-    print0(f"{model.num_params():,} parameters, {len(tokenizer.tokens)} tokens in the vocabulary")
     run = Run(the_task, tokenizer, model, sampler=model)
-    # Sampling needs whole weights in the precision that computes. On one rank in float32
-    # the policy's own are just that.
-    if world_size > 1 or dtype != 'float32':
+    # Sampling needs whole weights in the precision that computes; on one rank in float32 the policy's own are that.
+    if world_size > 1 or dtype != 'float32' or compile:
         run.sampler = frozen_copy(model)
     if world_size > 1:
         from torch.distributed.fsdp import fully_shard
@@ -597,16 +599,15 @@ def configure(argv):
             globals().update({k: v for k, v in checkpoint['settings'].items() if k in TASK_SETTINGS[task]} | given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    auto = {**MACHINE[kind], **AUTO[task, kind]}
-    if checkpoint and init_from != 'resume':
-        auto['warmup_steps'] = -1
-    chosen = {name: auto[name] for name in SETTINGS if name in auto and not globals()[name]}
+    auto = MACHINE[kind] | AUTO[task] | AUTO[task, kind] | (dict(warmup_steps=-1) if checkpoint else {})
+    chosen = {k: v for k, v in auto.items() if not globals()[k]} if init_from != 'resume' else {} # all was settled then
     globals().update(chosen)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
-    print0(f"chosen for {task} on this machine ({kind}): " + ', '.join(f'{k}={v}' for k, v in chosen.items()))
+    if chosen:
+        print0(f"chosen for {task} on this machine ({kind}): " + ', '.join(f'{k}={v}' for k, v in chosen.items()))
     for name in ('warmup_steps', 'max_steps'):
         globals()[name] = max(0, globals()[name])
     check_settings()
@@ -650,7 +651,8 @@ def choose_device():
     except (RuntimeError, AssertionError) as error:
         fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
     if device == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ: # torchrun gives each of several processes one thread
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ['LOCAL_WORLD_SIZE'])))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+        torch.set_num_threads(max(1, cores // int(os.environ['LOCAL_WORLD_SIZE'])))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Keep freed memory for the next tensor instead of giving it back: a fifth faster
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
