@@ -98,7 +98,7 @@ MACHINE = {
 AUTO = {
     'countdown': dict(max_new_tokens=256),
     'multiplication': dict(max_new_tokens=64),
-    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, num_train_samples=256),
+    ('countdown', 'cpu'): dict(warmup_steps=1200, warmup_batch_size=24, max_steps=60, num_train_samples=256),
     ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
     ('multiplication', 'cpu'): dict(warmup_steps=600, warmup_batch_size=32, max_steps=100, num_train_samples=512),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
