@@ -27,8 +27,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_model_state_dict, get_optimizer_state_dict,
-                                                     set_optimizer_state_dict)
 from torch.distributed.tensor import distribute_tensor
 
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
@@ -87,8 +85,7 @@ micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when 
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
-            if isinstance(value, (bool, int, float, str)) and not name.startswith('_')}
-
+            if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
 
 # What the settings that are left open become: by machine, by task, and by both.
 MACHINE = {
@@ -554,6 +551,13 @@ def autocast():
     return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
+def gathered(state):
+    """A state dict whose sharded tensors are made whole; every rank must call it."""
+    if isinstance(state, dict):
+        return {name: gathered(value) for name, value in state.items()}
+    return state.full_tensor() if hasattr(state, 'full_tensor') else state
+
+
 def all_sum(x):
     """The sum over the ranks of a tensor or number."""
     x = torch.as_tensor(x, device=device).clone()
@@ -726,12 +730,11 @@ def load_checkpoint(path):
 def save_checkpoint(run, final=False):
     """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
     it: a checkpoint is whole or not there. Every rank takes part, for weights are gathered; rank 0 writes."""
-    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, step=run.step,
                       config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.tokens,
-                      model=get_model_state_dict(run.model, options=options))
+                      model=gathered(run.model.state_dict()))
     if not final:
-        checkpoint |= dict(optimizer=get_optimizer_state_dict(run.model, run.optimizers, options=options),
+        checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()) for optimizer in run.optimizers],
                            reference=run.reference and run.reference.state_dict(), values=run.values,
                            base=None if run.base is run.reference else run.base.state_dict(),
                            seconds=run.seconds, warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps)
@@ -775,8 +778,12 @@ def restore(run, checkpoint):
             run.base = frozen_copy(run.model)
             run.base.load_state_dict(checkpoint['base'])
         run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
-    options = StateDictOptions(full_state_dict=True)
-    set_optimizer_state_dict(run.model, run.optimizers, checkpoint['optimizer'], options=options)
+    for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
+        optimizer.load_state_dict(state)
+        for p, averages in optimizer.state.items():
+            for name, value in averages.items():
+                if hasattr(p, 'device_mesh') and value.shape == p.shape:
+                    averages[name] = distribute_tensor(value, p.device_mesh, p.placements)
     if rank == 0: # what was logged after the checkpoint will be logged again
         for name in ('metrics.jsonl', 'samples.jsonl'):
             lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
