@@ -5,7 +5,7 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
     torchrun --nproc_per_node=1 train.py --task=multiplication    # the same through torchrun
     torchrun --nproc_per_node=8 train.py --batch_size=4096        # eight GPUs, FSDP
     python train.py --init_from=resume                            # go on with the run in out/countdown
-    python train.py --init_from=assets/countdown_base.pt          # A*PO from a warmed-up model
+    python train.py --init_from=PATH --out_dir=out/more           # A*PO from the model of a checkpoint
 
 Every setting below can be given as --name=value or --name value; --help lists them.
 """
@@ -97,7 +97,7 @@ AUTO = {
     'multiplication': dict(max_new_tokens=64),
     ('countdown', 'cpu'): dict(warmup_steps=1200, warmup_batch_size=24, max_steps=60, num_train_samples=256),
     ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
-    ('multiplication', 'cpu'): dict(warmup_steps=600, warmup_batch_size=32, max_steps=100, num_train_samples=512),
+    ('multiplication', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=32, max_steps=80, num_train_samples=512),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
 }
 TASK_SETTINGS = {
