@@ -15,10 +15,9 @@ Left out on purpose: importance ratios and clipping (responses come from the cur
 (r - V* is the target itself, its scale means something), a KL penalty (it is inside the square), a critic at every
 token. Added: a value head that learns V* (formula 1 as a regression), so that prompts can be new at every step.
 
-The two temperatures differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
-policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as the baseline, whatever
-V* is: a poor V* costs variance, not bias. The paper has beta1 = 0.5, which puts V* above the mean reward and so makes
-most advantages negative; train.py's default of 5 puts it near the mean, which small models bear better.
+Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They differ, so the loss does
+not go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that of
+REINFORCE on r - beta2 log(pi / pi_ref) with V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
 """
 import math
 

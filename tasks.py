@@ -135,15 +135,15 @@ class Countdown(Task):
     """
 
     def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0,
-                 max_attempts=8):
+                 max_attempts=16):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
-        self.max_attempts = max_attempts # lines of a demonstration at most
+        self.max_attempts = max_attempts # of a demonstration
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
         # the puzzles have a solution below it.
         self.largest = max(max_target, max_number)
-        self.tokens = TAGS + ['=', '+', '-', '*', '/', '?', '(', ')', '\n'] + [str(n) for n in range(self.largest + 1)]
+        self.tokens = TAGS + ['=', '+', '-', '*', '/', '(', ')', '\n'] + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
         while True:
@@ -171,39 +171,41 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A random search. Each line joins numbers at random until two are left, then tries what can be done with these,
-        in random order, each result with its distance to the target: `3*5=15 15?7 -8 14 +22 0`. Lines follow until the
-        target happens to come out, or patience ends and the last try becomes the answer, wrong as it is. Some lines are
-        abandoned half way. Nothing guides it: what to try and how long to go on is for A*PO to find out.
+        A random search: operations at random on numbers at random, again and again, until the target happens to come
+        out or the attempts are used up; then the last attempt is the answer, right or wrong. Some attempts are
+        abandoned half way. No solver guides it: what to try, what to leave and how long to go on is for A*PO to find
+        out. It is the first of four such searches that succeeds, or the last, so that endings are seen often enough
+        to be learned.
         """
-        uniform = iter(rng.random(16 * self.max_attempts * len(problem.numbers)).tolist()) # one call is faster than many
-        pick = lambda n: int(next(uniform) * n)
-        text, solved = '', False
-        for lines_left in reversed(range(1 + pick(self.max_attempts))):
-            pool = [(n, str(n)) for n in problem.numbers]
-            while True:
-                (x, x_text), (y, y_text) = sorted((pool.pop(pick(len(pool))), pool.pop(pick(len(pool)))), reverse=True)
-                choices = [o for o in operations(x, y) if o[3] <= self.largest]
-                if not pool: # only these two were left
-                    break
-                a, operator, b, result = choices[pick(len(choices))]
-                text += f'{a}{operator}{b}={result} '
-                pool.append((result, f'({x_text}{operator}{y_text})'))
-                if lines_left and next(uniform) < 0.2:
-                    break
-            if pool:
-                text = text.removesuffix(' ') + '\n'
-                continue
-            text += f'{x}?{y}'
-            while choices and not solved:
-                a, operator, b, result = choices.pop(pick(len(choices)))
-                # The distance teaches the model to compare at every try, not only at the rare one that succeeds.
-                text += f'{operator}{result} {abs(result - problem.target)}'
-                solved = result == problem.target
+        for _ in range(4):
+            thinking, answer, solved = self.search(problem, rng)
             if solved:
                 break
-            text += '\n'
-        return f'{text}{END_THINK}{ANSWER}{x_text}{operator}{y_text}{END_ANSWER}'
+        return f'{thinking}{END_THINK}{ANSWER}{answer}{END_ANSWER}'
+
+    def search(self, problem, rng):
+        """One random search -> (its lines, the last attempt as an expression, whether it is right)."""
+        uniform = iter(rng.random(8 * self.max_attempts * len(problem.numbers)).tolist()) # one call is faster than many
+        pick = lambda n: int(next(uniform) * n)
+        lines = ''
+        for attempts_left in reversed(range(1 + pick(self.max_attempts))):
+            pool = [(n, str(n)) for n in problem.numbers]
+            while len(pool) > 1:
+                (x, x_text), (y, y_text) = sorted((pool.pop(pick(len(pool))), pool.pop(pick(len(pool)))), reverse=True)
+                choices = [o for o in operations(x, y) if o[3] <= self.largest]
+                a, operator, b, result = choices[pick(len(choices))]
+                pool.append((result, f'({x_text}{operator}{y_text})' if len(pool) else f'{x_text}{operator}{y_text}'))
+                lines += f"{a}{operator}{b}={result}{' ' if len(pool) > 1 else ''}"
+                if len(pool) > 1 and attempts_left and next(uniform) < 0.2:
+                    break
+            solved = len(pool) == 1 and pool[0][0] == problem.target
+            # An attempt ends with its distance to the target: to compare is the hardest thing to learn in this trace,
+            # and this way every attempt teaches it, not only the rare one that succeeds.
+            lines += f' {abs(pool[0][0] - problem.target)}' if len(pool) == 1 else ''
+            if solved:
+                break
+            lines = lines.removesuffix(' ') + '\n'
+        return lines, pool[0][1], solved
 
     def grade(self, problem, response):
         answer = extract_answer(response)

@@ -253,7 +253,7 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
     accuracy = np.mean([g.correct for g in grades])
-    assert accuracy == 1 if name == 'multiplication' else 0.25 < accuracy < 0.45, "countdown's demonstrations often fail"
+    assert accuracy == 1 if name == 'multiplication' else 0.4 < accuracy < 0.7, "countdown's demonstrations often fail"
     assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0
                for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
 

@@ -63,10 +63,10 @@ warmup_muon_learning_rate = 0.02 # Muon, for the matrices of the blocks; decays 
 algorithm = 'apo' # apo | grpo
 max_steps = 0 # optimizer steps after the warm-up; -1: none
 batch_size = 0 # responses per step, over all ranks
-learning_rate = 1e-4 # AdamW, constant
+learning_rate = 3e-4 # AdamW, constant
 muon_learning_rate = 0.0 # Muon, for the matrices of the blocks; 0: AdamW for all
 grad_clip = 1.0 # clip the gradient's norm here
-beta1 = 5.0 # temperature of V* (apo.py, formula 1); the paper has 0.5
+beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 max_new_tokens = 0 # longest response; one that does not end by then has reward 0
@@ -95,7 +95,7 @@ MACHINE = {
 AUTO = {
     'countdown': dict(max_new_tokens=256),
     'multiplication': dict(max_new_tokens=64),
-    ('countdown', 'cpu'): dict(warmup_steps=1200, warmup_batch_size=24, max_steps=90, num_train_samples=256),
+    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, num_train_samples=256),
     ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
     ('multiplication', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=32, max_steps=80, num_train_samples=512),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
