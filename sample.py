@@ -157,7 +157,7 @@ def plot_runs(folders, path):
         axes[0, 0].plot(minutes(evaluations), [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
         axes[0, 1].plot(minutes(steps), [row['length'] for row in steps], color=color, label=name)
         axes[1, 0].plot(minutes(steps), [row['kl'] for row in steps], color=color, label=name)
-        if warm_up:
+        if warm_up and folder == folders[0]:
             for axis in axes.flat[:3]:
                 axis.axvspan(0, warm_up[-1]['seconds'] / 60, color=color, alpha=0.08, lw=0)
         left = [0.0] * len(steps)
@@ -169,7 +169,7 @@ def plot_runs(folders, path):
     for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
                                        'KL to the reference',
                                        f'seconds per step ({os.path.basename(os.path.normpath(folders[0]))})')):
-        axis.set(title=title, xlabel='minutes (warm-up shaded)')
+        axis.set(title=title, xlabel='minutes (warm-up of the first run shaded)' if len(folders) > 1 else 'minutes (warm-up shaded)')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     axes[0, 0].set_ylim(0, 1)

@@ -9,6 +9,7 @@ and a parser of its own, exact rational arithmetic, and refuses answers of more 
 """
 import functools
 import hashlib
+import itertools
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -24,8 +25,8 @@ WHITE = r'[ \t\r\n]*'
 class Tokenizer:
     """
     A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10' among them), a number
-    is one token and a single space between two numbers is implied by their being neighbours; else numbers are spelt
-    in digits.
+    is one token and a single space between two numbers (or dots) is implied by their being neighbours; else numbers
+    are spelt in digits.
     """
 
     def __init__(self, tokens):
@@ -34,7 +35,7 @@ class Tokenizer:
         self.eos = self.ids[EOS]
         self.whole_numbers = '10' in self.ids
         words = [t for t in self.tokens if not t.isdigit()]
-        words += [r'[0-9]+', r'(?<=[0-9]) (?=[0-9])'] if self.whole_numbers else ['[0-9]']
+        words += [r'[0-9]+', r'(?<=[0-9.]) (?=[0-9.])'] if self.whole_numbers else ['[0-9]']
         words = sorted(words[:len(TAGS)], key=len, reverse=True) + words[len(TAGS):]
         self.pattern = re.compile('|'.join(w if w.startswith(('[0-9]', '(?<=')) else re.escape(w) for w in words))
 
@@ -53,11 +54,11 @@ class Tokenizer:
 
     def decode(self, ids):
         """list of ids -> str, the inverse of encode on all prompts and demonstrations."""
-        text, last_was_number = [], False
+        text, last_was_word = [], False
         for i in ids:
-            is_number = self.whole_numbers and self.tokens[i].isdigit()
-            text.append(' ' + self.tokens[i] if is_number and last_was_number else self.tokens[i])
-            last_was_number = is_number
+            is_word = self.whole_numbers and (self.tokens[i].isdigit() or self.tokens[i] == '.')
+            text.append(' ' + self.tokens[i] if is_word and last_was_word else self.tokens[i])
+            last_was_word = is_word
         return ''.join(text)
 
 
@@ -135,7 +136,7 @@ class Countdown(Task):
     """
 
     def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0,
-                 max_attempts=16):
+                 max_attempts=24):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
@@ -143,7 +144,7 @@ class Countdown(Task):
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
         # the puzzles have a solution below it.
         self.largest = max(max_target, max_number)
-        self.tokens = TAGS + ['=', '+', '-', '*', '/', '(', ')', '\n'] + [str(n) for n in range(self.largest + 1)]
+        self.tokens = TAGS + ['=', '+', '-', '*', '/', '(', ')', ':', '.', '\n'] + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
         while True:
@@ -171,41 +172,55 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A random search: operations at random on numbers at random, again and again, until the target happens to come
-        out or the attempts are used up; then the last attempt is the answer, right or wrong. Some attempts are
-        abandoned half way. No solver guides it: what to try, what to leave and how long to go on is for A*PO to find
-        out. It is the first of four such searches that succeeds, or the last, so that endings are seen often enough
-        to be learned.
+        A random search from both ends. Of three numbers one, z, is set aside at random. `t z: ...` lists what + - * / make of
+        the target and z, which is what the other two would have to make; `x y: ...` lists what these do make; a number
+        in both lists solves the puzzle. A dot stands for a result that is not whole or too large. Of more than three
+        numbers random ones are joined first, `12/4=3 9 8`, and others when that led nowhere. Patience is random too;
+        where it ends the answer is just the sum of the numbers. No solver guides it: which numbers to join and how
+        long to go on is for A*PO to find out.
         """
-        for _ in range(4):
-            thinking, answer, solved = self.search(problem, rng)
-            if solved:
-                break
-        return f'{thinking}{END_THINK}{ANSWER}{answer}{END_ANSWER}'
+        text, patience = '', 1 + int(self.max_attempts * rng.random() ** 3) # mostly short, so that endings are seen often
+        while patience:
+            pool = [(n, str(n)) for n in problem.numbers] # what is left, and how it was made
+            while len(pool) > 3:
+                join, pool = self.choice(self.joins(pool), rng)
+                text += f"{join}={' '.join(str(n) for n, _ in pool)}\n"
+            for aside in rng.permutation(3)[:patience]:
+                pair = pool[:aside] + pool[aside + 1:]
+                z, x, y = pool[aside][0], pair[0][0], pair[1][0]
+                wanted = self.results(problem.target, z)
+                text += f"{problem.target} {z} {' '.join(wanted)}:{x} {y}"
+                for result in self.results(x, y):
+                    text += ' ' + result
+                    if result in wanted and result != '.':
+                        left = next(left for _, left in self.joins(pair) if str(left[0][0]) == result)
+                        answer = next(e for _, [(n, e)] in self.joins(left + [pool[aside]]) if n == problem.target)
+                        return f'{text}{END_THINK}{ANSWER}{answer[1:-1]}{END_ANSWER}'
+                text += '\n'
+                patience -= 1
+        return f"{text}{END_THINK}{ANSWER}{'+'.join(map(str, problem.numbers))}{END_ANSWER}"
 
-    def search(self, problem, rng):
-        """One random search -> (its lines, the last attempt as an expression, whether it is right)."""
-        uniform = iter(rng.random(8 * self.max_attempts * len(problem.numbers)).tolist()) # one call is faster than many
-        pick = lambda n: int(next(uniform) * n)
-        lines = ''
-        for attempts_left in reversed(range(1 + pick(self.max_attempts))):
-            pool = [(n, str(n)) for n in problem.numbers]
-            while len(pool) > 1:
-                (x, x_text), (y, y_text) = sorted((pool.pop(pick(len(pool))), pool.pop(pick(len(pool)))), reverse=True)
-                choices = [o for o in operations(x, y) if o[3] <= self.largest]
-                a, operator, b, result = choices[pick(len(choices))]
-                pool.append((result, f'({x_text}{operator}{y_text})' if len(pool) else f'{x_text}{operator}{y_text}'))
-                lines += f"{a}{operator}{b}={result}{' ' if len(pool) > 1 else ''}"
-                if len(pool) > 1 and attempts_left and next(uniform) < 0.2:
-                    break
-            solved = len(pool) == 1 and pool[0][0] == problem.target
-            # An attempt ends with its distance to the target: to compare is the hardest thing to learn in this trace,
-            # and this way every attempt teaches it, not only the rare one that succeeds.
-            lines += f' {abs(pool[0][0] - problem.target)}' if len(pool) == 1 else ''
-            if solved:
-                break
-            lines = lines.removesuffix(' ') + '\n'
-        return lines, pool[0][1], solved
+    def joins(self, pool):
+        """Every way to join two of the pool's numbers: (what to write, the pool after it with the result in front)."""
+        joins = {}
+        for i, j in itertools.combinations(range(len(pool)), 2):
+            (x, x_text), (y, y_text) = sorted((pool[i], pool[j]), reverse=True)
+            rest = [n for k, n in enumerate(pool) if k not in (i, j)]
+            for a, operator, b, result in operations(x, y):
+                if result <= self.largest:
+                    joins[f'{a}{operator}{b}'] = [(result, f'({x_text}{operator}{y_text})'), *rest]
+        return list(joins.items())
+
+    def results(self, x, y):
+        """What + - * / make of two numbers, as strings in this order; '.' where that is not whole, too large or a
+        product with 0 (which no division undoes), dropped at the end."""
+        made = {operator: str(result) for _, operator, _, result in operations(x, y)
+                if result <= self.largest and (operator != '*' or result)}
+        return [made.get(operator, '.') for operator in '+-*/'[:1 + max('+-*/'.index(o) for o in made)]]
+
+    @staticmethod
+    def choice(options, rng):
+        return options[rng.integers(len(options))]
 
     def grade(self, problem, response):
         answer = extract_answer(response)
@@ -297,15 +312,21 @@ class Multiplication(Task):
         return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
 
     def demonstration(self, problem, rng):
-        """The partial products of the digits of b, smallest first, then their running sum."""
+        """
+        Of mixed quality, as texts by people are: a third give the answer at once, a third write the product with each
+        digit of b and add these up, a third break it down to the products of single digits. All are right; but the less
+        is written, the harder it is to say. Which way of thinking pays is for A*PO to find out.
+        """
+        digits = lambda n: [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(n)))]
+        detail = rng.integers(3)
         lines, total = [], 0
-        for place, digit in enumerate(reversed(str(problem.b))):
-            product = problem.a * int(digit) * 10 ** place
-            lines.append(f'{problem.a}*{int(digit) * 10 ** place}={product}')
-            if place:
-                lines.append(f'{total}+{product}={total + product}')
-            total += product
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{total}{END_ANSWER}'
+        for y in digits(problem.b) if detail else []:
+            for x in digits(problem.a) if detail == 2 else [problem.a]:
+                lines.append(f'{x}*{y}={x * y}')
+                if len(lines) > 1:
+                    lines.append(f'{total}+{x * y}={total + x * y}')
+                total += x * y
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.a * problem.b}{END_ANSWER}'
 
     def grade(self, problem, response):
         answer = extract_answer(response)

@@ -58,12 +58,12 @@ d_ff = 0 # width of the SwiGLU
 warmup_steps = 0 # optimizer steps; -1: none
 warmup_batch_size = 0 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
-warmup_muon_learning_rate = 0.02 # Muon, for the matrices of the blocks; decays with it
+warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it
 # A*PO
 algorithm = 'apo' # apo | grpo
 max_steps = 0 # optimizer steps after the warm-up; -1: none
 batch_size = 0 # responses per step, over all ranks
-learning_rate = 3e-4 # AdamW, constant
+learning_rate = 2e-4 # AdamW; decays linearly to 0 over max_steps
 muon_learning_rate = 0.0 # Muon, for the matrices of the blocks; 0: AdamW for all
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
@@ -79,7 +79,7 @@ value_learning_rate = 1e-2 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
-eval_interval = 0 # A*PO steps between evaluations
+eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 20 times as many
 checkpoint_interval = 500 # steps between checkpoints
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
@@ -89,13 +89,13 @@ SETTINGS = {name: value for name, value in list(globals().items())
 
 # What the settings that are left open become: by machine, by task, and by both.
 MACHINE = {
-    'cpu': dict(**SIZES['small'], batch_size=256, micro_batch_tokens=8192, rollout_rows=1024, eval_interval=25),
+    'cpu': dict(**SIZES['small'], batch_size=256, micro_batch_tokens=2048, rollout_rows=1024, eval_interval=25),
     'gpu': dict(**SIZES['50m'], batch_size=1024, micro_batch_tokens=131072, rollout_rows=4096, eval_interval=100),
 }
 AUTO = {
-    'countdown': dict(max_new_tokens=256),
-    'multiplication': dict(max_new_tokens=64),
-    ('countdown', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=24, max_steps=75, num_train_samples=256),
+    'countdown': dict(max_new_tokens=384),
+    'multiplication': dict(max_new_tokens=96),
+    ('countdown', 'cpu'): dict(warmup_steps=2000, warmup_batch_size=32, max_steps=120, num_train_samples=256),
     ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
     ('multiplication', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=32, max_steps=80, num_train_samples=512),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
@@ -142,6 +142,8 @@ def main():
         loss = warm_up_step(run)
         run.seconds = time.time() - started
         report(run, 'warm-up', every=20, loss=loss)
+        if run.step % (20 * eval_interval) == 0 and run.step < warmup_steps:
+            log_evaluation(run, f'at step {run.step} of the warm-up', -(-num_eval_samples // 8))
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
@@ -197,8 +199,7 @@ def warm_up_step(run):
     tokens, mask = tokens.to(device), mask.to(device)
 
     progress = run.step / warmup_steps
-    for group in [g for optimizer in run.optimizers for g in optimizer.param_groups]:
-        group['lr'] = group['initial_lr'] * min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4)
+    scale_learning_rates(run, min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4))
     total_tokens, total_loss = all_sum(mask.sum()), 0.0
     for rows in micro_batches(mask):
         logprobs, _ = token_logprobs(run.model, *trim(tokens[rows], mask[rows]))
@@ -313,6 +314,7 @@ def update(run, batch, stored_values, seconds):
             loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
             loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
         loss.backward()
+    scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     grad_norm = optimizer_step(run)
     run.step += 1
     seconds['update'] = time.time() - started
@@ -528,6 +530,12 @@ def orthogonalize(x, steps=5):
         gram = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
     return wide if x.size(0) <= x.size(1) else wide.T
+
+
+def scale_learning_rates(run, factor):
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group['lr'] = group['initial_lr'] * factor
 
 
 def optimizer_step(run):
