@@ -169,7 +169,7 @@ def plot_runs(folders, path):
     for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
                                        'KL to the reference',
                                        f'seconds per step ({os.path.basename(os.path.normpath(folders[0]))})')):
-        axis.set(title=title, xlabel='minutes (warm-up of the first run shaded)' if len(folders) > 1 else 'minutes (warm-up shaded)')
+        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {os.path.basename(os.path.normpath(folders[0]))})')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     axes[0, 0].set_ylim(0, 1)

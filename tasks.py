@@ -140,11 +140,11 @@ class Countdown(Task):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
-        self.max_attempts = max_attempts # of a demonstration
+        self.max_attempts = max_attempts # lines of a demonstration at most, without those that join
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
         # the puzzles have a solution below it.
         self.largest = max(max_target, max_number)
-        self.tokens = TAGS + ['=', '+', '-', '*', '/', '(', ')', ':', '.', '\n'] + [str(n) for n in range(self.largest + 1)]
+        self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
         while True:
@@ -172,14 +172,13 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A random search from both ends. Of three numbers one, z, is set aside at random. `t z: ...` lists what + - * / make of
-        the target and z, which is what the other two would have to make; `x y: ...` lists what these do make; a number
-        in both lists solves the puzzle. A dot stands for a result that is not whole or too large. Of more than three
-        numbers random ones are joined first, `12/4=3 9 8`, and others when that led nowhere. Patience is random too;
-        where it ends the answer is just the sum of the numbers. No solver guides it: which numbers to join and how
-        long to go on is for A*PO to find out.
+        A random search from both ends. One of three numbers, z, is set aside at random: `t z ...` lists what + - * /
+        make of the target and z, which is what the other two would have to make, and `:x y ...` what these do make. A
+        number in both lists solves the puzzle. Of more than three numbers random ones are joined first, `12/4=3 9 8`,
+        and others when that led nowhere. Patience is random too; where it ends the answer is just the sum of the
+        numbers. No solver guides it: which numbers to join and how long to go on is for A*PO to find out.
         """
-        text, patience = '', 1 + int(self.max_attempts * rng.random() ** 3) # mostly short, so that endings are seen often
+        text, patience = '', 1 + int(self.max_attempts * rng.random() ** 3) # mostly short: endings must be seen often
         while patience:
             pool = [(n, str(n)) for n in problem.numbers] # what is left, and how it was made
             while len(pool) > 3:

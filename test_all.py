@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import train
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
 from model import KVCache, ModelConfig, Transformer, generate, sample
-from tasks import EOS, TASKS, Countdown, CountdownProblem, Multiplication, MultiplicationProblem, Tokenizer, reachable
+from tasks import (END_THINK, EOS, TASKS, Countdown, CountdownProblem, Multiplication, MultiplicationProblem, Tokenizer,
+                   evaluate, reachable)
 
 train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -258,6 +259,26 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
                for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
 
 
+def test_countdown_demonstrations_write_only_what_is_true():
+    task, rng = Countdown(max_numbers=5), np.random.default_rng(0)
+    for _ in range(300):
+        problem = task.problem(rng)
+        left = sorted(problem.numbers)
+        for line in task.demonstration(problem, rng).partition(END_THINK)[0].splitlines():
+            if '=' in line: # 12/4=3 9 8: two of the numbers that are left are joined
+                expression, after = line.split('=')
+                value, used = evaluate(expression)
+                before = left if len(left) > 3 else sorted(problem.numbers)
+                left = sorted(map(int, after.split()))
+                assert int(after.split()[0]) == value and sorted([*before, int(value)]) == sorted([*left, *used])
+                continue
+            (target, z, *wanted), (x, y, *made) = (part.split() for part in line.split(':'))
+            assert int(target) == problem.target and sorted(map(int, (x, y, z))) == left
+            for a, b, results in ((int(target), int(z), wanted), (int(x), int(y), made)):
+                true = (a + b, abs(a - b), a * b, Fraction(max(a, b), min(a, b) or 1))
+                assert all(result in ('.', str(value)) for result, value in zip(results, true))
+
+
 def test_unknown_text_is_named_and_numbers_never_merge():
     tokenizer = Tokenizer(Countdown().tokens)
     assert tokenizer.decode(tokenizer.encode('12 3')) == '12 3' != tokenizer.decode(tokenizer.encode('1 23'))
@@ -468,7 +489,7 @@ def main(reset, *arguments):
     (['--init_from=resume'], "nothing to resume"), (['--init_from=nowhere.pt'], "no such checkpoint: nowhere.pt"),
     (['--beta1=0'], "--beta1 must be above 0"), (['--temperature=0'], "--eval_temperature"),
     (['--algorithm=ppo'], "apo, grpo"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
-    (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "2 to 6 numbers"),
+    (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
     (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number")])
 def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, words):
     with pytest.raises(SystemExit) as error:

@@ -12,6 +12,7 @@ Every setting below can be given as --name=value or --name value; --help lists t
 import ctypes
 import dataclasses
 import difflib
+import inspect
 import json
 import math
 import os
@@ -87,22 +88,16 @@ rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
 
-# What the settings that are left open become: by machine, by task, and by both.
-MACHINE = {
-    'cpu': dict(**SIZES['small'], batch_size=256, micro_batch_tokens=2048, rollout_rows=1024, eval_interval=25),
-    'gpu': dict(**SIZES['50m'], batch_size=1024, micro_batch_tokens=131072, rollout_rows=4096, eval_interval=100),
-}
+# What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
-    'countdown': dict(max_new_tokens=384),
-    'multiplication': dict(max_new_tokens=96),
-    ('countdown', 'cpu'): dict(warmup_steps=2000, warmup_batch_size=32, max_steps=120, num_train_samples=256),
-    ('countdown', 'gpu'): dict(warmup_steps=3000, warmup_batch_size=256, max_steps=400, num_train_samples=2048),
-    ('multiplication', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=32, max_steps=80, num_train_samples=512),
-    ('multiplication', 'gpu'): dict(warmup_steps=1000, warmup_batch_size=256, max_steps=200, num_train_samples=2048),
-}
-TASK_SETTINGS = {
-    'countdown': ('min_numbers', 'max_numbers', 'max_number', 'max_target', 'partial_credit'),
-    'multiplication': ('max_factor',),
+    'cpu': dict(**SIZES['small'], warmup_steps=3000, warmup_batch_size=32, max_steps=60, batch_size=256,
+                num_train_samples=256, max_new_tokens=384, eval_interval=25, micro_batch_tokens=2048,
+                rollout_rows=1024),
+    'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
+                num_train_samples=2048, max_new_tokens=384, eval_interval=100, micro_batch_tokens=131072,
+                rollout_rows=4096),
+    ('multiplication', 'cpu'): dict(warmup_steps=1500, max_steps=80, num_train_samples=512, max_new_tokens=96),
+    ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
 GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length') # what rollout says of a response
@@ -421,7 +416,7 @@ def held_out_problems(task, count):
 
 def build(checkpoint):
     """The Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's state when resuming."""
-    the_task = TASKS[task](**{name: globals()[name] for name in TASK_SETTINGS[task]})
+    the_task = TASKS[task](**{name: globals()[name] for name in task_settings()})
     tokenizer = Tokenizer(checkpoint['tokenizer'] if checkpoint else the_task.tokens)
     if tokenizer.tokens != the_task.tokens:
         fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these "
@@ -608,10 +603,10 @@ def configure(argv):
             fail(f"{out_dir} already holds a run: continue it with --init_from=resume, or choose another --out_dir")
         if init_from != 'scratch':
             checkpoint = load_checkpoint(init_from)
-            globals().update({k: v for k, v in checkpoint['settings'].items() if k in TASK_SETTINGS[task]} | given)
+            globals().update({k: v for k, v in checkpoint['settings'].items() if k in task_settings()} | given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    auto = MACHINE[kind] | AUTO[task] | AUTO[task, kind] | (dict(warmup_steps=-1) if checkpoint else {})
+    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (dict(warmup_steps=-1) if checkpoint else {})
     chosen = {k: v for k, v in auto.items() if not globals()[k]} if init_from != 'resume' else {} # all was settled then
     globals().update(chosen)
     if rank == 0:
@@ -624,6 +619,11 @@ def configure(argv):
         globals()[name] = max(0, globals()[name])
     check_settings()
     return checkpoint
+
+
+def task_settings():
+    """The settings that say how difficult the task is: those that its class takes."""
+    return [name for name in inspect.signature(TASKS[task]).parameters if name in SETTINGS]
 
 
 def parse_arguments(argv):
@@ -696,8 +696,8 @@ def check_settings():
         if not 0 < globals()[name] < math.inf:
             fail(f"--{name} must be above 0, not {globals()[name]}" + ("; sampling is what A*PO learns from, "
                  "only --eval_temperature may be 0" if name == 'temperature' else ''))
-    if not 2 <= min_numbers <= max_numbers <= 6:
-        fail(f"countdown takes 2 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
+    if not 3 <= min_numbers <= max_numbers <= 6:
+        fail(f"countdown takes 3 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
     if not 0 <= partial_credit < 1:
         fail(f"--partial_credit must be at least 0 and below 1, not {partial_credit}")
     if eval_temperature < 0:
