@@ -182,7 +182,8 @@ class Countdown(Task):
         while patience:
             pool = [(n, str(n)) for n in problem.numbers] # what is left, and how it was made
             while len(pool) > 3:
-                join, pool = self.choice(self.joins(pool), rng)
+                joins = self.joins(pool)
+                join, pool = joins[rng.integers(len(joins))]
                 text += f"{join}={' '.join(str(n) for n, _ in pool)}\n"
             for aside in rng.permutation(3)[:patience]:
                 pair = pool[:aside] + pool[aside + 1:]
@@ -216,10 +217,6 @@ class Countdown(Task):
         made = {operator: str(result) for _, operator, _, result in operations(x, y)
                 if result <= self.largest and (operator != '*' or result)}
         return [made.get(operator, '.') for operator in '+-*/'[:1 + max('+-*/'.index(o) for o in made)]]
-
-    @staticmethod
-    def choice(options, rng):
-        return options[rng.integers(len(options))]
 
     def grade(self, problem, response):
         answer = extract_answer(response)

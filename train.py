@@ -723,13 +723,11 @@ def load_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             damaged = archive.testzip()
-        if damaged:
-            fail(f"{path} is damaged ({damaged}): use an older checkpoint")
-        checkpoint = torch.load(path, map_location='cpu', weights_only=True)
-    except SystemExit:
-        raise
+        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
     except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
         fail(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): use another one")
+    if damaged:
+        fail(f"{path} is damaged ({damaged}): use an older checkpoint")
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
         fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
     return checkpoint
