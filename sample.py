@@ -143,8 +143,8 @@ def plot_runs(folders, path):
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
     figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout='constrained')
-    for folder, color in zip(folders, COLORS * len(folders)):
-        name = os.path.basename(os.path.normpath(folder))
+    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
+    for folder, name, color in zip(folders, names, COLORS * len(folders)):
         try:
             rows = [json.loads(line) for line in open(os.path.join(folder, 'metrics.jsonl'))]
         except OSError:
@@ -168,8 +168,8 @@ def plot_runs(folders, path):
                 left = top
     for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
                                        'KL to the reference',
-                                       f'seconds per step ({os.path.basename(os.path.normpath(folders[0]))})')):
-        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {os.path.basename(os.path.normpath(folders[0]))})')
+                                       f'seconds per step ({names[0]})')):
+        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
     axes[0, 0].set_ylim(0, 1)

@@ -216,7 +216,7 @@ class Countdown(Task):
         product with 0 (which no division undoes), dropped at the end."""
         made = {operator: str(result) for _, operator, _, result in operations(x, y)
                 if result <= self.largest and (operator != '*' or result)}
-        return [made.get(operator, '.') for operator in '+-*/'[:1 + max('+-*/'.index(o) for o in made)]]
+        return ' '.join(made.get(operator, '.') for operator in '+-*/').rstrip(' .').split()
 
     def grade(self, problem, response):
         answer = extract_answer(response)

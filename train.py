@@ -138,13 +138,13 @@ def main():
         run.seconds = time.time() - started
         report(run, 'warm-up', every=20, loss=loss)
         if run.step % (20 * eval_interval) == 0 and run.step < warmup_steps:
-            log_evaluation(run, f'at step {run.step} of the warm-up', -(-num_eval_samples // 8))
+            log_evaluation(run, f'at step {run.step} of the warm-up', share=8)
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
         run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
         if max_steps:
-            run.warmup_accuracy = log_evaluation(run, 'after the warm-up', num_eval_samples)['accuracy']
+            run.warmup_accuracy = log_evaluation(run, 'after the warm-up')['accuracy']
 
     # Stage 1: the frozen reference answers each prompt several times; V* follows from the rewards.
     if max_steps and algorithm == 'apo' and run.values is None:
@@ -165,7 +165,7 @@ def main():
                 if algorithm == 'apo' and not fresh_prompts:
                     estimate_values(run)
             if stage2_step % eval_interval == 0:
-                log_evaluation(run, f'at step {stage2_step}', -(-num_eval_samples // 8))
+                log_evaluation(run, f'at step {stage2_step}', share=8)
         checkpoint_if_due(run)
     run.seconds = time.time() - started
     finish(run)
@@ -377,11 +377,12 @@ def evaluate(run, count, at_temperature, repeat=1):
                 **{name: mean(name, rows) for name in GRADES if name != 'correct'}), rows
 
 
-def log_evaluation(run, when, count):
-    """Evaluate at eval_temperature, print the result, record it with eight of the responses; returns the summary."""
+def log_evaluation(run, when, share=1):
+    """Evaluate a `share`-th of num_eval_samples at eval_temperature, print the result, record it with eight of the
+    responses; returns the summary."""
     if sys.stdout.isatty():
         print0(f'evaluating {when} on held-out problems ...', end='\r')
-    result, rows = evaluate(run, count, eval_temperature)
+    result, rows = evaluate(run, -(-num_eval_samples // share), eval_temperature)
     low, high = result['interval_95']
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}"
            + ''.join(f', {group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items())
@@ -841,7 +842,7 @@ def append(name, row):
 
 def finish(run):
     """The final evaluation, model, summary and curves."""
-    result = log_evaluation(run, 'at the end', num_eval_samples)
+    result = log_evaluation(run, 'at the end')
     save_checkpoint(run)
     save_checkpoint(run, final=True)
     if rank:

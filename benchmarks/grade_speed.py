@@ -1,5 +1,6 @@
 """
-Microseconds per grade: ordinary demonstrations, and the worst that 256 characters can do to the verifier.
+Microseconds per grade: ordinary demonstrations, with the share of them that is right, and the worst that 256
+characters can do to the verifier.
 
     python benchmarks/grade_speed.py
 """
@@ -25,9 +26,10 @@ WORST = {
 rng = np.random.default_rng(0)
 for name, kind in TASKS.items():
     task = kind()
-    pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(500))]
+    pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(2000))]
     seconds = min(timeit.repeat(lambda: [task.grade(*pair) for pair in pairs], number=1, repeat=5)) / len(pairs)
-    print(f'{name + " demonstrations":30}{seconds * 1e6:10.1f} us')
+    right = np.mean([task.grade(*pair).correct for pair in pairs])
+    print(f'{name + " demonstrations":30}{seconds * 1e6:10.1f} us, {right:.0%} of {len(pairs)} right')
 task = TASKS['countdown']()
 for name, answer in WORST.items():
     assert len(answer) <= MAX_ANSWER, name
