@@ -111,10 +111,9 @@ class Attention(nn.Module):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama.
+    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama; sin carries the sign.
     x: (B, heads, T, head_dim)."""
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+    return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
 class Block(nn.Module):
@@ -147,8 +146,8 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed.weight
         frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
         angles = torch.outer(torch.arange(config.max_seq_len), frequencies) # (max_seq_len, head_dim / 2)
-        self.register_buffer('cos', angles.cos(), persistent=False)
-        self.register_buffer('sin', angles.sin(), persistent=False)
+        self.register_buffer('cos', torch.cat((angles.cos(), angles.cos()), dim=1), persistent=False)
+        self.register_buffer('sin', torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
         self.init_weights()
 
     def init_weights(self):

@@ -127,6 +127,12 @@ def operations(x, y):
     return result + [(a, '/', b, a // b)] if b and a % b == 0 else result
 
 
+class Term(NamedTuple):
+    value: int
+    text: str # the expression that makes it of given numbers
+    steps: tuple # the operations one by one, '14-2=12'
+
+
 class Countdown(Task):
     """
     Reach the target from the numbers with + - * / and parentheses, using each number exactly once.
@@ -136,7 +142,7 @@ class Countdown(Task):
     """
 
     def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0,
-                 max_attempts=24):
+                 max_attempts=48):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
@@ -172,44 +178,65 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A random search from both ends. One of three numbers, z, is set aside at random: `t z ...` lists what + - * /
-        make of the target and z, which is what the other two would have to make, and `:x y ...` what these do make. A
-        number in both lists solves the puzzle. Of more than three numbers random ones are joined first, `12/4=3 9 8`,
-        and others when that led nowhere. Patience is random too; where it ends the answer is just the sum of the
-        numbers. No solver guides it: which numbers to join and how long to go on is for A*PO to find out.
+        A search that gives up early: as many lines of `search` as patience allows, which is random and mostly short.
+        When one of them solves the puzzle, `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression;
+        else it is just the sum of the numbers. How long it pays to go on is for A*PO to find out.
         """
-        text, patience = '', 1 + int(self.max_attempts * rng.random() ** 3) # mostly short: endings must be seen often
-        while patience:
-            pool = [(n, str(n)) for n in problem.numbers] # what is left, and how it was made
-            while len(pool) > 3:
-                joins = self.joins(pool)
-                join, pool = joins[rng.integers(len(joins))]
-                text += f"{join}={' '.join(str(n) for n, _ in pool)}\n"
-            for aside in rng.permutation(3)[:patience]:
-                pair = pool[:aside] + pool[aside + 1:]
-                z, x, y = pool[aside][0], pair[0][0], pair[1][0]
-                wanted = self.results(problem.target, z)
-                text += f"{problem.target} {z} {' '.join(wanted)}:{x} {y}"
-                for result in self.results(x, y):
-                    text += ' ' + result
-                    if result in wanted and result != '.':
-                        left = next(left for _, left in self.joins(pair) if str(left[0][0]) == result)
-                        answer = next(e for _, [(n, e)] in self.joins(left + [pool[aside]]) if n == problem.target)
-                        return f'{text}{END_THINK}{ANSWER}{answer[1:-1]}{END_ANSWER}'
-                text += '\n'
-                patience -= 1
-        return f"{text}{END_THINK}{ANSWER}{'+'.join(map(str, problem.numbers))}{END_ANSWER}"
+        lines, patience = [], 1 + int(self.max_attempts * rng.random() ** 4)
+        answer = '+'.join(map(str, problem.numbers))
+        for line, solution in self.search(problem, rng):
+            lines.append(line)
+            patience -= ':' in line
+            if solution:
+                lines[-1] += ':' + ' '.join(solution.steps)
+                answer = solution.text[1:-1]
+            if solution or not patience:
+                break
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
 
-    def joins(self, pool):
-        """Every way to join two of the pool's numbers: (what to write, the pool after it with the result in front)."""
-        joins = {}
-        for i, j in itertools.combinations(range(len(pool)), 2):
-            (x, x_text), (y, y_text) = sorted((pool[i], pool[j]), reverse=True)
-            rest = [n for k, n in enumerate(pool) if k not in (i, j)]
-            for a, operator, b, result in operations(x, y):
-                if result <= self.largest:
-                    joins[f'{a}{operator}{b}'] = [(result, f'({x_text}{operator}{y_text})'), *rest]
-        return list(joins.items())
+    def search(self, problem, rng):
+        """
+        A search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
+        three numbers, z, aside and lists what + - * / make of the target and z, which is what the other two would have
+        to make, and what these do make. A number in both lists solves the puzzle. Of more than three numbers some are
+        joined first, `12/4=3 9 8`, the pairs in a random order: no solver guides the search.
+        """
+        for joined, pool in self.pools([Term(n, str(n), ()) for n in problem.numbers], rng):
+            for line in joined:
+                yield line, None
+            for z in pool:
+                x, y = [term for term in pool if term is not z]
+                wanted, made = self.results(problem.target, z.value), self.results(x.value, y.value)
+                hit = next((result for result in made if result in wanted and result != '.'), None)
+                if hit:
+                    made = made[:made.index(hit) + 1]
+                line = f"{z.value} {' '.join(wanted)}:{x.value} {y.value} {' '.join(made)}"
+                yield line, hit and next(end for middle in self.joins(x, y) if str(middle.value) == hit
+                                         for end in self.joins(middle, z) if end.value == problem.target)
+
+    def pools(self, pool, rng):
+        """Every way to join the pool's terms until three are left, as (lines that say so, the three), the pairs in
+        random order."""
+        if len(pool) <= 3:
+            yield [], pool
+            return
+        pairs = list(itertools.combinations(pool, 2))
+        for x, y in (pairs[i] for i in rng.permutation(len(pairs))):
+            rest = [term for term in pool if term is not x and term is not y]
+            for term in self.joins(x, y):
+                line = ' '.join([term.steps[-1], *(str(other.value) for other in rest)])
+                for lines, three in self.pools([term, *rest], rng):
+                    yield [line, *lines], three
+
+    def joins(self, x, y):
+        """The terms that + - * / make of two, each value once, none too large."""
+        made = {}
+        x, y = sorted((x, y), key=lambda term: term.value, reverse=True)
+        for a, operator, b, result in operations(x.value, y.value):
+            if result <= self.largest:
+                made.setdefault(result, Term(result, f'({x.text}{operator}{y.text})',
+                                             (*x.steps, *y.steps, f'{a}{operator}{b}={result}')))
+        return list(made.values())
 
     def results(self, x, y):
         """What + - * / make of two numbers, as strings in this order; '.' where that is not whole, too large or a

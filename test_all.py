@@ -261,23 +261,38 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
 
 
 def test_countdown_demonstrations_write_only_what_is_true():
-    task, rng = Countdown(max_numbers=5), np.random.default_rng(0)
+    task, rng, solved = Countdown(max_numbers=5), np.random.default_rng(0), 0
     for _ in range(300):
         problem = task.problem(rng)
-        left = sorted(problem.numbers)
+        left, joins = sorted(problem.numbers), []
         for line in task.demonstration(problem, rng).partition(END_THINK)[0].splitlines():
-            if '=' in line: # 12/4=3 9 8: two of the numbers that are left are joined
+            if ':' not in line: # 12/4=3 9 8: two of the numbers that are left are joined
                 expression, after = line.split('=')
                 value, used = evaluate(expression)
                 before = left if len(left) > 3 else sorted(problem.numbers)
                 left = sorted(map(int, after.split()))
                 assert int(after.split()[0]) == value and sorted([*before, int(value)]) == sorted([*left, *used])
+                joins += [line] * (len(problem.numbers) == 4)
                 continue
-            (target, z, *wanted), (x, y, *made) = (part.split() for part in line.split(':'))
-            assert int(target) == problem.target and sorted(map(int, (x, y, z))) == left
-            for a, b, results in ((int(target), int(z), wanted), (int(x), int(y), made)):
+            (z, *wanted), (x, y, *made), *steps = (part.split() for part in line.split(':'))
+            assert sorted(map(int, (x, y, z))) == left
+            for a, b, results in ((problem.target, int(z), wanted), (int(x), int(y), made)):
                 true = (a + b, abs(a - b), a * b, Fraction(max(a, b), min(a, b) or 1))
                 assert all(result in ('.', str(value)) for result, value in zip(results, true))
+            assert bool(steps) == bool({*wanted} & {*made} - {'.'})
+            if steps: # the last number made is wanted, and the steps of the solution use each number once
+                numbers = list(problem.numbers)
+                for expression, result in (step.split('=') for step in steps[0]):
+                    value, used = evaluate(expression)
+                    assert value == int(result)
+                    for n in used:
+                        numbers.remove(n)
+                    numbers.append(value)
+                assert made[-1] in wanted and numbers == [problem.target]
+                solved += 1
+        if len(set(problem.numbers)) == 4:
+            assert len(set(joins)) == len(joins), "nothing is tried twice"
+    assert solved > 100
 
 
 def test_unknown_text_is_named_and_numbers_never_merge():

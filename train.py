@@ -340,13 +340,31 @@ def token_logprobs(model, tokens, mask):
 
 
 def micro_batches(mask):
-    """Indices of rows of about equal length, together at most micro_batch_tokens with their padding. Every rank must
-    run the model equally often, or FSDP waits for ever, so the rank that needs most decides how many."""
-    ends = (mask * torch.arange(mask.size(1), device=mask.device)).amax(1)
-    pieces = torch.tensor(math.ceil(len(mask) * (int(ends.max()) + 16) / micro_batch_tokens), device=mask.device)
+    """
+    Indices of rows of similar length, together at most micro_batch_tokens with their padding. Of all cuts of the rows,
+    sorted by length, the one that computes least, where a piece costs some tokens more than its own.
+    """
+    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).cpu().numpy()
+    order = lengths.argsort(kind='stable')
+    widths = -(-lengths[order] // 16) * 16 # as trim leaves them
+    cost, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    for end in range(1, len(order) + 1): # the best cut of the first `end` rows, from the best cuts of fewer
+        cells = np.arange(end, 0, -1) * widths[end - 1] # of a last piece that starts at 0, 1, ... end - 1
+        cells[:-1] = np.where(cells[:-1] > micro_batch_tokens, 2 ** 60, cells[:-1])
+        total = cost[:end] + cells + micro_batch_tokens // 16
+        starts[end], cost[end] = total.argmin(), total.min()
+    pieces, end = [], len(order)
+    while end:
+        pieces.append(order[starts[end]:end])
+        end = starts[end]
+    # Every rank must run the model equally often, or FSDP waits for ever.
+    most = torch.tensor(len(pieces), device=mask.device)
     if world_size > 1:
-        dist.all_reduce(pieces, dist.ReduceOp.MAX)
-    return ends.argsort(stable=True).tensor_split(min(int(pieces), len(mask)))
+        dist.all_reduce(most, dist.ReduceOp.MAX)
+    while len(pieces) < most:
+        pieces.sort(key=len)
+        pieces += np.array_split(pieces.pop(), 2)
+    return [torch.from_numpy(piece).to(mask.device) for piece in pieces]
 
 
 def trim(tokens, mask):
