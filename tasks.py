@@ -10,6 +10,7 @@ and a parser of its own, exact rational arithmetic, and refuses answers of more 
 import functools
 import hashlib
 import itertools
+import math
 import re
 from fractions import Fraction
 from typing import NamedTuple
@@ -141,12 +142,10 @@ class Countdown(Task):
     would favour targets with many solutions and make the puzzles easier.
     """
 
-    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0,
-                 max_attempts=48):
+    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
-        self.max_attempts = max_attempts # lines of a demonstration at most, without those that join
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
         # the puzzles have a solution below it.
         self.largest = max(max_target, max_number)
@@ -178,13 +177,13 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A search that gives up early: as many lines of `search` as patience allows, which is random and mostly short.
-        When one of them solves the puzzle, `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression;
-        else it is just the sum of the numbers. How long it pays to go on is for A*PO to find out.
+        A search of which two in three are given up within four lines. When a line solves the puzzle,
+        `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression; else it is just the sum of the numbers.
+        That it pays to go on is for A*PO to find out.
         """
-        lines, patience = [], 1 + int(self.max_attempts * rng.random() ** 4)
+        lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else math.inf
         answer = '+'.join(map(str, problem.numbers))
-        for line, solution in self.search(problem, rng):
+        for line, solution in self.search(problem):
             lines.append(line)
             patience -= ':' in line
             if solution:
@@ -194,14 +193,14 @@ class Countdown(Task):
                 break
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
 
-    def search(self, problem, rng):
+    def search(self, problem):
         """
         A search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
         three numbers, z, aside and lists what + - * / make of the target and z, which is what the other two would have
         to make, and what these do make. A number in both lists solves the puzzle. Of more than three numbers some are
-        joined first, `12/4=3 9 8`, the pairs in a random order: no solver guides the search.
+        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, no solver guides the search.
         """
-        for joined, pool in self.pools([Term(n, str(n), ()) for n in problem.numbers], rng):
+        for joined, pool in self.pools([Term(n, str(n), ()) for n in problem.numbers]):
             for line in joined:
                 yield line, None
             for z in pool:
@@ -214,18 +213,16 @@ class Countdown(Task):
                 yield line, hit and next(end for middle in self.joins(x, y) if str(middle.value) == hit
                                          for end in self.joins(middle, z) if end.value == problem.target)
 
-    def pools(self, pool, rng):
-        """Every way to join the pool's terms until three are left, as (lines that say so, the three), the pairs in
-        random order."""
+    def pools(self, pool):
+        """Every way to join terms until three are left, pair by pair: (lines that say so, the three)."""
         if len(pool) <= 3:
             yield [], pool
             return
-        pairs = list(itertools.combinations(pool, 2))
-        for x, y in (pairs[i] for i in rng.permutation(len(pairs))):
+        for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1):
             rest = [term for term in pool if term is not x and term is not y]
             for term in self.joins(x, y):
-                line = ' '.join([term.steps[-1], *(str(other.value) for other in rest)])
-                for lines, three in self.pools([term, *rest], rng):
+                line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
+                for lines, three in self.pools([term, *rest]):
                     yield [line, *lines], three
 
     def joins(self, x, y):

@@ -266,8 +266,8 @@ def test_countdown_demonstrations_write_only_what_is_true():
         problem = task.problem(rng)
         left, joins = sorted(problem.numbers), []
         for line in task.demonstration(problem, rng).partition(END_THINK)[0].splitlines():
-            if ':' not in line: # 12/4=3 9 8: two of the numbers that are left are joined
-                expression, after = line.split('=')
+            if ':' not in line: # 6)12/4=3 9 8: two of the numbers that are left are joined
+                expression, after = line.partition(')')[2].split('=')
                 value, used = evaluate(expression)
                 before = left if len(left) > 3 else sorted(problem.numbers)
                 left = sorted(map(int, after.split()))

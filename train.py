@@ -80,7 +80,7 @@ value_learning_rate = 1e-2 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
-eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 20 times as many
+eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
@@ -90,13 +90,13 @@ SETTINGS = {name: value for name, value in list(globals().items())
 
 # What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
-    'cpu': dict(**SIZES['small'], warmup_steps=3000, warmup_batch_size=32, max_steps=60, batch_size=256,
-                num_train_samples=256, max_new_tokens=384, eval_interval=25, micro_batch_tokens=2048,
+    'cpu': dict(**SIZES['small'], warmup_steps=8000, warmup_batch_size=16, max_steps=40, batch_size=256,
+                num_train_samples=256, max_new_tokens=640, eval_interval=20, micro_batch_tokens=2048,
                 rollout_rows=1024),
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
-                num_train_samples=2048, max_new_tokens=384, eval_interval=100, micro_batch_tokens=131072,
+                num_train_samples=2048, max_new_tokens=640, eval_interval=100, micro_batch_tokens=131072,
                 rollout_rows=4096),
-    ('multiplication', 'cpu'): dict(warmup_steps=1500, max_steps=80, num_train_samples=512, max_new_tokens=96),
+    ('multiplication', 'cpu'): dict(warmup_steps=3000, warmup_batch_size=32, max_steps=80, num_train_samples=512, max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
@@ -137,7 +137,7 @@ def main():
         loss = warm_up_step(run)
         run.seconds = time.time() - started
         report(run, 'warm-up', every=20, loss=loss)
-        if run.step % (20 * eval_interval) == 0 and run.step < warmup_steps:
+        if run.step % (50 * eval_interval) == 0 and run.step < warmup_steps:
             log_evaluation(run, f'at step {run.step} of the warm-up', share=8)
         checkpoint_if_due(run)
     if run.reference is None:
