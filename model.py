@@ -351,7 +351,7 @@ def save_pretrained(model, folder, eos):
     os.makedirs(folder)
     theirs = {name: getattr(model.config, ours) for ours, name in HF_CONFIG.items()}
     theirs |= dict(model_type=kind, architectures=[kind.capitalize() + 'ForCausalLM'], hidden_act='silu',
-                   eos_token_id=eos, torch_dtype='float32')
+                   eos_token_id=eos, torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
     with open(os.path.join(folder, 'config.json'), 'w') as file:
         json.dump(theirs, file, indent=2)
     weights = {name: view.detach().to('cpu', copy=True) for name, view in places(model).items()}
