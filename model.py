@@ -300,14 +300,13 @@ def places(model):
     found = {'model.embed_tokens.weight': model.embed.weight, 'model.norm.weight': model.norm.weight}
     if not config.tie_embeddings:
         found['lm_head.weight'] = model.lm_head.weight
-    heads = torch.tensor([config.n_heads, config.n_kv_heads, config.n_kv_heads]) * config.head_dim
+    rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)] # of q, k, v
     for i, block in enumerate(model.blocks):
-        views = {'input_layernorm.weight': block.attn_norm.weight, 'post_attention_layernorm.weight':
-                 block.mlp_norm.weight, 'self_attn.o_proj.weight': block.attn.wo.weight,
-                 'mlp.down_proj.weight': block.w_down.weight}
+        views = {'input_layernorm.weight': block.attn_norm.weight, 'self_attn.o_proj.weight': block.attn.wo.weight,
+                 'post_attention_layernorm.weight': block.mlp_norm.weight, 'mlp.down_proj.weight': block.w_down.weight}
         views |= zip(('mlp.gate_proj.weight', 'mlp.up_proj.weight'), block.w_gate_up.weight.chunk(2))
         for kind, p in block.attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
-            views |= zip((f'self_attn.{x}_proj.{kind}' for x in 'qkv'), p.split(heads.tolist()))
+            views |= zip((f'self_attn.{x}_proj.{kind}' for x in 'qkv'), p.split(rows))
         if config.qk_norm:
             views |= {f'self_attn.{x}_norm.weight': getattr(block.attn, f'{x}_norm').weight for x in 'qk'}
         found |= {f'model.layers.{i}.{name}': view for name, view in views.items()}

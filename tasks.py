@@ -376,7 +376,9 @@ class Multiplication(Task):
 
     def prompt(self, problem):
         question = f'What is {problem.a} × {problem.b}?'
-        return self.form.format(f"{question} {TAGGED.format('the number', '12')}") if self.form else question + THINK
+        if self.form:
+            return self.form.format(f"{question} {TAGGED.format('the number', '1009')}") # a prime: no product
+        return question + THINK
 
     def parse(self, text):
         """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""
