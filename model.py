@@ -1,5 +1,5 @@
 """
-The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, and batched sampling.
+The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, batched sampling, pretrained weights.
 
 RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU, no biases (Qwen2.5's QKV bias,
 Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
@@ -8,7 +8,9 @@ position, which A*PO reads at the end of the prompt as its estimate of V*(x).
 One `forward` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
 This file knows integers only: no text, no tasks, no rewards.
 """
+import json
 import math
+import os
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +29,7 @@ class ModelConfig:
     d_ff: int = 384 # width of the SwiGLU, which has three matrices of this width
     head_dim: int = 0 # 0: d_model / n_heads
     rope_theta: float = 10000.0
+    rope_scaling: dict = None # Llama 3.1's stretched positions, under the names of its config.json
     norm_eps: float = 1e-6
     tie_embeddings: bool = True # output weights = token embedding
     qkv_bias: bool = False # Qwen2.5
@@ -110,6 +113,19 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, -1))
 
 
+def rotary_frequencies(config):
+    """Radians per position of each pair of features, (head_dim / 2,). Llama 3.1 slows those down, by `factor`, that
+    turn less than `low_freq_factor` times within the length it was first trained on, and the next ones ever less."""
+    frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
+    if not config.rope_scaling:
+        return frequencies
+    factor, low, high, length = (config.rope_scaling[name] for name in (
+        'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
+    turns = length * frequencies / (2 * math.pi)
+    kept = ((turns - low) / (high - low)).clamp(0, 1) # 1: as it was
+    return frequencies * (kept + (1 - kept) / factor)
+
+
 def rotate(x, cos, sin):
     """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama; sin carries the sign.
     x: (B, heads, T, head_dim)."""
@@ -144,8 +160,7 @@ class Transformer(nn.Module):
         self.value_head = nn.Linear(config.d_model, 1)
         if config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
-        frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-        angles = torch.outer(torch.arange(config.max_seq_len), frequencies) # (max_seq_len, head_dim / 2)
+        angles = torch.outer(torch.arange(config.max_seq_len), rotary_frequencies(config)) # (max_seq_len, head_dim / 2)
         self.register_buffer('cos', torch.cat((angles.cos(), angles.cos()), dim=1), persistent=False)
         self.register_buffer('sin', torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
         self.init_weights()
@@ -220,8 +235,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
     cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
     rows = torch.arange(B, device=device) # the rows still running
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
-    logits, _ = model(tokens[:, :shortest], cache)
-    logits = logits[:, -1]
+    last = torch.arange(shortest, device=device) == shortest - 1
+    logits, _ = model(tokens[:, :shortest], cache, at=last.expand(B, -1)) # (B, vocab_size): 150,000 wide in Qwen
     for t in range(shortest, T):
         step = t - lengths[rows] # index of the response token that stands at position t, negative inside a prompt
         sampled = sample(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
@@ -250,3 +265,93 @@ def sample(logits, temperature, uniform):
     # The first token whose cumulative probability exceeds the draw; one of probability 0 can never be it.
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return token.clamp(max=logits.size(-1) - 1)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Pretrained weights, in the layout of Hugging Face: config.json and one or several safetensors files
+
+ARCHITECTURES = dict(llama={}, qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm=True)) # by what they add to Llama
+HF_CONFIG = dict(vocab_size='vocab_size', max_seq_len='max_position_embeddings', d_model='hidden_size',
+                 n_layers='num_hidden_layers', n_heads='num_attention_heads', n_kv_heads='num_key_value_heads',
+                 d_ff='intermediate_size', head_dim='head_dim', norm_eps='rms_norm_eps', rope_theta='rope_theta',
+                 rope_scaling='rope_scaling', tie_embeddings='tie_word_embeddings') # our names, theirs
+
+
+def read_config(folder):
+    """config.json -> ModelConfig. Raises ValueError, naming it, for what the Transformer does not cover."""
+    with open(os.path.join(folder, 'config.json')) as file:
+        theirs = dict(tie_word_embeddings=False, rope_theta=10000.0) | json.load(file)
+    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {} # transformers 5 writes the former
+    theirs['rope_theta'] = rope.get('rope_theta', theirs['rope_theta'])
+    theirs['rope_type'] = rope.get('rope_type', rope.get('type', 'default'))
+    theirs['rope_scaling'] = rope if theirs['rope_type'] == 'llama3' else None
+    for name, covered in dict(model_type=[*ARCHITECTURES], rope_type=['default', 'llama3'], hidden_act=['silu'],
+                              use_sliding_window=[None, False]).items():
+        if theirs.get(name) not in covered:
+            raise ValueError(f"{name} {theirs.get(name)!r} is not covered, only {' and '.join(map(str, covered))}")
+    known = {ours: theirs[name] for ours, name in HF_CONFIG.items() if theirs.get(name) is not None}
+    return ModelConfig(**known, **ARCHITECTURES[theirs['model_type']])
+
+
+def places(model):
+    """Hugging Face's name of every tensor, with the view of our parameter that holds it: q, k, v and gate, up are rows
+    of one matrix here. The value head, which they do not have, is left out."""
+    config = model.config
+    found = {'model.embed_tokens.weight': model.embed.weight, 'model.norm.weight': model.norm.weight}
+    if not config.tie_embeddings:
+        found['lm_head.weight'] = model.lm_head.weight
+    rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)] # of q, k, v
+    for i, block in enumerate(model.blocks):
+        views = {'input_layernorm.weight': block.attn_norm.weight, 'self_attn.o_proj.weight': block.attn.wo.weight,
+                 'post_attention_layernorm.weight': block.mlp_norm.weight, 'mlp.down_proj.weight': block.w_down.weight}
+        views |= zip(('mlp.gate_proj.weight', 'mlp.up_proj.weight'), block.w_gate_up.weight.chunk(2))
+        for kind, p in block.attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
+            views |= zip((f'self_attn.{x}_proj.{kind}' for x in 'qkv'), p.split(rows))
+        if config.qk_norm:
+            views |= {f'self_attn.{x}_norm.weight': getattr(block.attn, f'{x}_norm').weight for x in 'qk'}
+        found |= {f'model.layers.{i}.{name}': view for name, view in views.items()}
+    return found
+
+
+@torch.no_grad()
+def load_pretrained(model, folder):
+    """Copy the weights in a folder into the model, one tensor at a time: no second copy is held in memory. Raises
+    ValueError, naming it, for a tensor that is unknown here, of another shape, or missing."""
+    from safetensors import safe_open
+    index, missing = os.path.join(folder, 'model.safetensors.index.json'), places(model)
+    shards = ['model.safetensors']
+    if os.path.exists(index):
+        with open(index) as file:
+            shards = sorted(set(json.load(file)['weight_map'].values()))
+    ignored = ('rotary_emb.inv_freq',) + ('lm_head.weight',) * model.config.tie_embeddings # some files repeat these
+    for shard in shards:
+        with safe_open(os.path.join(folder, shard), 'pt') as file:
+            for name in file.keys():
+                if name.endswith(ignored):
+                    continue
+                place, shape = missing.pop(name, None), tuple(file.get_slice(name).get_shape())
+                if place is None or place.shape != shape:
+                    raise ValueError(f"{shard} has a tensor {name} {shape}, which " + (
+                        "this architecture has not" if place is None else f"should be {tuple(place.shape)}"))
+                place.copy_(file.get_tensor(name))
+    if missing:
+        raise ValueError(f"the tensor {next(iter(missing))} is missing ({len(missing)} in all)")
+
+
+def save_pretrained(model, folder, eos):
+    """Write the model, without its value head, as config.json and model.safetensors that transformers loads: a Llama
+    unless it has Qwen's options. Raises ValueError when no architecture has all of its options, FileExistsError when
+    the folder is there."""
+    from safetensors.torch import save_file
+    options = {name: True for name in ('qkv_bias', 'qk_norm') if getattr(model.config, name)}
+    if options not in ARCHITECTURES.values():
+        raise ValueError(f"no architecture has {' and '.join(options)}")
+    kind = next(kind for kind, added in ARCHITECTURES.items() if added == options)
+    os.makedirs(folder)
+    theirs = {name: getattr(model.config, ours) for ours, name in HF_CONFIG.items()}
+    theirs |= dict(model_type=kind, architectures=[kind.capitalize() + 'ForCausalLM'], hidden_act='silu',
+                   eos_token_id=eos, torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
+    with open(os.path.join(folder, 'config.json'), 'w') as file:
+        json.dump(theirs, file, indent=2)
+    weights = {name: view.detach().to('cpu', copy=True) for name, view in places(model).items()}
+    save_file(weights, os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))

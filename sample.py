@@ -5,6 +5,7 @@ See what a trained model does.
     python sample.py --prompt="3 5 7 = 22" --num_samples=16
     python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
+    python sample.py --export=folder                  # the model in the Hugging Face layout, which transformers loads
 
 Takes the newest run under out/, else the models in assets/; --checkpoint=PATH names one.
 """
@@ -16,6 +17,7 @@ import os
 import sys
 
 import train
+from model import save_pretrained
 from tasks import END_THINK, extract_answer, reachable
 
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
@@ -35,6 +37,7 @@ def main():
     parser.add_argument('--max_new_tokens', type=int, help='longest response (default: that of the run)')
     parser.add_argument('--seed', type=int, default=1337, help='of the sampling noise')
     parser.add_argument('--device', default='auto', help='auto | cpu | cuda | mps')
+    parser.add_argument('--export', metavar='FOLDER', help='write the model in the Hugging Face layout and exit')
     parser.add_argument('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
     parser.add_argument('--output', default='curves.png', help='the picture that --plot writes')
     args = parser.parse_args()
@@ -50,6 +53,8 @@ def main():
     run = train.load_run(path, seed=args.seed, device=args.device,
                          **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
     temperature = train.eval_temperature if args.temperature is None else args.temperature
+    if args.export:
+        return export(run, args.export)
     print(f'{path}: {train.task}, {run.model.num_params():,} parameters, step {run.step}, temperature {temperature}')
     if args.eval:
         return evaluate(run, path, args.num_problems or 2000, args.num_samples, temperature)
@@ -90,7 +95,7 @@ def show(run, problems, num_samples, temperature):
         best = max(rows, key=lambda row: batch['reward'][row].item())
         thinking, _, _ = batch['texts'][best].partition(END_THINK)
         truncated, answer = bool(batch['truncated'][best]), extract_answer(batch['texts'][best])
-        print(f"\nproblem   {run.task.prompt(problem).removesuffix('<think>')}")
+        print('\nproblem   ' + run.task.prompt(problem).removesuffix('<think>').replace('\n', '\n          '))
         if hasattr(problem, 'target') and problem.target not in reachable(tuple(sorted(problem.numbers))):
             print("          (cannot be solved by whole-number steps)")
         print('thinking  ' + thinking.replace('\n', '\n          '))
@@ -131,6 +136,18 @@ def evaluate(run, path, count, num_samples, temperature):
         json.dump(dict(checkpoint=path, task=train.task, temperature=temperature, num_problems=len(verdicts),
                        num_samples=num_samples, **result), file, indent=2)
     print(f'wrote {target}')
+
+
+def export(run, folder):
+    """The model as config.json and model.safetensors, and the files of a pretrained model's tokenizer; our own
+    vocabularies have no place in that layout."""
+    files = run.tokenizer.state if isinstance(run.tokenizer.state, dict) else {}
+    with train.one_line(folder):
+        save_pretrained(run.model, folder, run.tokenizer.eos)
+        for name in files.keys() - {'config.json'}: # which it wrote for itself
+            with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
+                file.write(files[name])
+    print(f"wrote {', '.join(sorted(os.listdir(folder)))} to {folder}")
 
 
 def plot_runs(folders, path):

@@ -10,9 +10,11 @@ and a parser of its own, exact rational arithmetic, and refuses answers of more 
 import functools
 import hashlib
 import itertools
+import json
 import math
 import re
 from fractions import Fraction
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -29,9 +31,10 @@ class Tokenizer:
     is one token and a single space between two numbers (or dots) is implied by their being neighbours; else numbers
     are spelt in digits.
     """
+    form = '' # of the prompts: the task's own
 
     def __init__(self, tokens):
-        self.tokens = list(tokens)
+        self.state = self.tokens = list(tokens) # `state` is plain data that travels in a checkpoint
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.eos = self.ids[EOS]
         self.whole_numbers = '10' in self.ids
@@ -63,6 +66,54 @@ class Tokenizer:
         return ''.join(text)
 
 
+# What a pretrained model is asked, with TinyZero's content: a transcript to go on with, or ChatML as in Qwen's chats.
+FORMS = dict(
+    base='The following is a conversation. A user asks a question, and an assistant first thinks about it and then '
+         'gives the answer.\nUser: {}\nAssistant: Let me work it out step by step.\n<think>',
+    chat='<|im_start|>system\nYou are a helpful assistant. You first think about a question and then give the answer.'
+         '<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nLet me work it out step by step.\n<think>')
+TAGGED = 'Think inside <think> </think>, then give {} inside <answer> </answer>, for example <answer> {} </answer>.'
+
+
+class PretrainedTokenizer:
+    """
+    A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer. Its state is the
+    model's own files as text, {name: text}. Padding is end-of-sequence here, whatever they say: masks tell them apart.
+    Raises ValueError when they name no end-of-sequence.
+    """
+
+    def __init__(self, files):
+        from tokenizers import Tokenizer as Library
+        self.state, self.library = files, Library.from_str(files['tokenizer.json'])
+        read = lambda name: json.loads(files.get(name, '{}'))
+        # An instruct model may list several ends; what its tokenizer says is the one that ends its turns.
+        end = read('tokenizer_config.json').get('eos_token')
+        end = self.library.token_to_id(end['content'] if isinstance(end, dict) else end) if end else None
+        ends = end, *(read(name).get('eos_token_id') for name in ('generation_config.json', 'config.json'))
+        self.eos = next((end[0] if isinstance(end, list) else end for end in ends if end is not None), None)
+        if self.eos is None:
+            raise ValueError("no end-of-sequence in tokenizer_config.json, generation_config.json or config.json")
+        # Some tokenizers begin every text with a token of their own, which goes in front of the prompt only.
+        begin = self.library.decode(self.library.encode('').ids, skip_special_tokens=False)
+        self.form = begin + FORMS['chat' if self.library.id_to_token(self.eos) == '<|im_end|>' else 'base']
+
+    def encode(self, text):
+        return self.library.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        """list of ids -> str, where only the end-of-sequence reads EOS, so that grading knows it by that."""
+        end = ids.index(self.eos) if self.eos in ids else len(ids)
+        text = self.library.decode(ids[:end], skip_special_tokens=False)
+        return text.replace(EOS, EOS.upper()) + EOS * (end < len(ids))
+
+
+def tokenizer_files(folder):
+    """The state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError without a tokenizer.json."""
+    paths = [Path(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
+                                             'config.json', 'special_tokens_map.json', 'chat_template.jinja')]
+    return {path.name: path.read_text(encoding='utf-8') for path in paths if path.exists() or path == paths[0]}
+
+
 class Grade(NamedTuple):
     reward: float # 1.0 when correct, else the task's partial credit, always below 1
     correct: bool # the tags are right and the answer solves the problem; nothing else
@@ -84,6 +135,7 @@ def extract_answer(response):
 
 class Task:
     """What the tasks share: the split. `canonical` is equal for the same puzzle written differently."""
+    form = '' # where the question is asked in words, what stands around it
 
     def is_test(self, problem):
         """About a tenth of all puzzles, chosen by a stable hash: never trained on, neither in warm-up nor later."""
@@ -160,6 +212,10 @@ class Countdown(Task):
                 return CountdownProblem(numbers, targets[rng.integers(len(targets))])
 
     def prompt(self, problem):
+        if self.form:
+            numbers, tagged = ', '.join(map(str, problem.numbers)), TAGGED.format('the expression', '(1 + 2) / 3')
+            return self.form.format(f"Make {problem.target} from the numbers {numbers}, using each exactly once, with "
+                                    f"+ - * / and parentheses. {tagged}")
         return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
 
     def parse(self, text):
@@ -316,7 +372,10 @@ class Multiplication(Task):
         return MultiplicationProblem(*map(int, rng.integers(1, self.max_factor + 1, 2)))
 
     def prompt(self, problem):
-        return f'What is {problem.a} × {problem.b}?{THINK}'
+        question = f'What is {problem.a} × {problem.b}?'
+        if self.form:
+            return self.form.format(f"{question} {TAGGED.format('the number', '1009')}") # a prime: no product
+        return question + THINK
 
     def parse(self, text):
         """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""

@@ -1,6 +1,7 @@
 """
 The tests: `python -m pytest -q test_all.py`, a few minutes on two CPU cores.
 """
+import importlib
 import itertools
 import json
 import math
@@ -20,9 +21,10 @@ import torch.nn.functional as F
 
 import train
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
-from model import KVCache, ModelConfig, Transformer, generate, sample
-from tasks import (END_THINK, EOS, TASKS, Countdown, CountdownProblem, Multiplication, MultiplicationProblem, Tokenizer,
-                   evaluate, reachable)
+from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, read_config, sample,
+                   save_pretrained)
+from tasks import (END_THINK, EOS, FORMS, TASKS, Countdown, CountdownProblem, Multiplication, MultiplicationProblem,
+                   PretrainedTokenizer, Tokenizer, evaluate, reachable, tokenizer_files)
 
 train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -728,3 +730,216 @@ def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     assert os.path.exists(tmp_path / 'run' / 'curves.png')
     assert any('image/png' in output.get('data', {})
                for cell in notebook.cells if cell.cell_type == 'code' for output in cell.outputs)
+
+
+# ---- pretrained weights ----------------------------------------------------------------------------------------------
+
+LLAMA3 = dict(rope_type='llama3', rope_theta=500000.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
+              original_max_position_embeddings=64)
+PRETRAINED = dict(qwen2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=24), llama=dict(rope_parameters=LLAMA3))
+
+
+def make_pretrained(folder, kind='qwen2', bfloat16=False, shards=1, vocab_size=400, **changes):
+    """A tiny random model in the Hugging Face layout, written by transformers; skips the test where that is missing.
+    Returns it as transformers loads it."""
+    transformers = pytest.importorskip('transformers', reason="needs pip install transformers safetensors tokenizers")
+    pytest.importorskip('safetensors', reason="needs pip install safetensors")
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(
+        kind, vocab_size=vocab_size, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, **PRETRAINED[kind] | changes)
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    with torch.no_grad():
+        for p in model.parameters(): # norms and biases too, or one in the wrong place would not be seen
+            p.add_(torch.randn_like(p), alpha=0.1)
+    model = model.to(torch.bfloat16 if bfloat16 else torch.float32)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    model.save_pretrained(folder, max_shard_size=math.ceil(0.6 * size) if shards == 2 else '1GB')
+    assert len([name for name in os.listdir(folder) if name.endswith('.safetensors')]) == shards
+    return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+def make_tokenizer(folder, eos='<|endoftext|>', begin=None):
+    """A byte-level BPE trained on prompts and demonstrations, with the files that a model's tokenizer has. Its padding
+    is the end-of-sequence."""
+    tokenizers = pytest.importorskip('tokenizers', reason="needs pip install tokenizers")
+    library = tokenizers.Tokenizer(tokenizers.models.BPE())
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    task, rng = Multiplication(5), np.random.default_rng(0)
+    texts = [task.demonstration(task.problem(rng), rng) for _ in range(50)]
+    for task.form in FORMS.values():
+        texts += [task.prompt(task.problem(rng)) for _ in range(50)]
+    special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|begin|>']
+    library.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, show_progress=False,
+        initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
+    if begin:
+        library.post_processor = tokenizers.processors.TemplateProcessing(
+            single=f'{begin} $A', special_tokens=[(begin, library.token_to_id(begin))])
+    os.makedirs(folder, exist_ok=True)
+    library.save(f'{folder}/tokenizer.json')
+    with open(f'{folder}/tokenizer_config.json', 'w') as file:
+        json.dump(dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=eos, pad_token=eos), file)
+
+
+def as_published(folder):
+    """config.json as before transformers 5."""
+    with open(f'{folder}/config.json') as file:
+        config = json.load(file)
+    rope = config.pop('rope_parameters')
+    config |= dict(rope_theta=rope.pop('rope_theta'), rope_scaling=None if rope['rope_type'] == 'default' else rope)
+    with open(f'{folder}/config.json', 'w') as file:
+        json.dump(config, file)
+
+
+@pytest.mark.parametrize('kind, options', [('qwen2', dict(bfloat16=True)), ('qwen3', dict(shards=2)), ('llama', {})])
+def test_pretrained_weights_give_the_logits_of_transformers(tmp_path, kind, options):
+    """Logits to 1e-4, greedy generation token by token with unequal prompts, and the export back: QKV bias, QK-norm,
+    head_dim, tied and untied, rope scaling, bfloat16, two shards, config.json old and new."""
+    theirs = make_pretrained(tmp_path / 'model', kind, **options)
+    for rewrite in (lambda folder: None, as_published):
+        rewrite(tmp_path / 'model')
+        model = Transformer(read_config(tmp_path / 'model'))
+        load_pretrained(model, tmp_path / 'model')
+        tokens = torch.randint(0, 400, (3, 300)) # longer than Llama's first length
+        with torch.no_grad():
+            logits = model(tokens)[0]
+            assert logits.abs().max() > 1 and torch.allclose(logits, theirs(tokens).logits, atol=1e-4)
+    prompts = [torch.randint(2, 400, (n,)).tolist() for n in (3, 9, 1, 5)]
+    ours, mask = generate(model, prompts, 24, temperature=0, eos=1)
+    for row, marked, prompt in zip(ours, mask, prompts):
+        expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=1)[0]
+        assert row[marked].tolist() == expected[len(prompt):].tolist()
+    save_pretrained(model, tmp_path / 'export', 1)
+    again = type(theirs).from_pretrained(tmp_path / 'export')
+    with torch.no_grad():
+        assert torch.allclose(again(tokens).logits, logits, atol=1e-4) and again.config.eos_token_id == 1
+
+
+def test_pretrained_tokenizer_goes_round_and_knows_its_end(tmp_path):
+    """Also in Qwen's chat form, and where each text begins with a token of its own. Only the end reads as EOS, not
+    what a model spells out."""
+    for eos, begin, words in (('<|endoftext|>', None, 'The following'), ('<|im_end|>', None, '<|im_start|>system'),
+                              ('<|endoftext|>', '<|begin|>', '<|begin|>The following')):
+        make_tokenizer(tmp_path, eos, begin)
+        state = tokenizer_files(tmp_path)
+        tokenizer = PretrainedTokenizer(json.loads(json.dumps(state))) # plain data
+        assert tokenizer.library.id_to_token(tokenizer.eos) == eos and tokenizer.form.startswith(words)
+        rng = np.random.default_rng(0)
+        for task in (kind() for kind in TASKS.values()):
+            task.form = tokenizer.form
+            for problem in (task.problem(rng) for _ in range(20)):
+                prompt, response = task.prompt(problem), task.demonstration(problem, rng)
+                assert prompt.endswith('<think>') and tokenizer.library.decode(
+                    tokenizer.encode(prompt), skip_special_tokens=False) == prompt
+                ids = tokenizer.encode(response)
+                assert tokenizer.decode(ids) == response
+                assert tokenizer.decode([*ids, tokenizer.eos, 5]) == response + EOS
+        assert EOS not in tokenizer.decode(tokenizer.encode('</think><answer>1</answer><eos>!'))
+    for name, text, eos in (('generation_config.json', '{"eos_token_id": [2, 0]}', 2),
+                            ('config.json', '{"eos_token_id": 1}', 1),
+                            ('tokenizer_config.json', '{"eos_token": {"content": "<|im_end|>"}}', 2)):
+        assert PretrainedTokenizer({'tokenizer.json': state['tokenizer.json'], name: text}).eos == eos
+    with pytest.raises(ValueError, match='no end-of-sequence'):
+        PretrainedTokenizer({'tokenizer.json': state['tokenizer.json']})
+
+
+@pytest.fixture(scope='module')
+def pretrained(tmp_path_factory):
+    """A few steps of A*PO by the command line from a tiny model in the Hugging Face layout, after a warm-up, because
+    random weights earn no rewards; its folder and its out_dir."""
+    folder, out = tmp_path_factory.mktemp('pretrained') / 'model', tmp_path_factory.mktemp('pretrained') / 'run'
+    make_pretrained(folder)
+    make_tokenizer(folder)
+    process = run('train.py', *TINY, f'--init_from={folder}', f'--out_dir={out}', '--warmup_steps=70', '--max_steps=60',
+                  '--checkpoint_interval=120', '--device=cpu', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    assert process.returncode == 0 and process.stderr == '', process.stderr
+    return str(folder), str(out)
+
+
+def test_a_star_po_raises_the_reward_from_pretrained_weights(pretrained):
+    """End-of-sequence is trained although it also pads; the reward rises."""
+    steps = [row for row in metrics(pretrained[1]) if row['phase'] == 'apo']
+    assert all(row['truncated'] < 0.2 for row in steps)
+    assert np.mean([row['reward'] for row in steps[-10:]]) > np.mean([row['reward'] for row in steps[:5]]) + 0.1
+
+
+def test_settings_that_fit_pretrained_weights_are_chosen_and_printed(pretrained, settings, tmp_path, capsys):
+    checkpoint = train.configure([f'--init_from={pretrained[0]}', f'--out_dir={tmp_path}', '--max_target=50',
+                                  '--value_learning_rate=0.01'])
+    assert (train.learning_rate, train.warmup_steps, train.max_new_tokens, train.max_number) == (1e-6, 0, 1024, 99)
+    assert (train.max_target, train.value_learning_rate, train.d_model) == (50, 0.01, 64), "what is given is kept"
+    assert 'learning_rate=1e-06' in capsys.readouterr().out
+    with pytest.raises(SystemExit, match='--max_new_tokens=1024 .* 512 positions'):
+        train.build(checkpoint)
+
+
+def test_runs_from_pretrained_weights_resume_answer_and_export(pretrained, settings, tmp_path):
+    """Without the folder that they came from: the checkpoint holds all."""
+    folder, out = pretrained
+    os.makedirs(tmp_path / 'part')
+    os.link(f'{out}/checkpoint_step_120.pt', tmp_path / 'part' / 'checkpoint_step_120.pt')
+    torch.set_num_threads(1)
+    main(settings, '--init_from=resume', f'--out_dir={tmp_path}/part')
+    final = f'{out}/tinyzero_astarpo_final.pt'
+    assert_same(weights(final), weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
+    process = run('sample.py', f'--checkpoint={final}', '--prompt=3 * 4', '--num_samples=8', '--device=cpu')
+    assert process.returncode == 0 and 'User: What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout
+    settings()
+    loaded = train.load_run(final, device='cpu')
+    importlib.import_module('sample').export(loaded, f'{tmp_path}/export')
+    transformers = pytest.importorskip('transformers')
+    prompt = loaded.task.prompt(MultiplicationProblem(3, 4))
+    tokens = loaded.tokenizer.encode(prompt)
+    assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'export')(prompt).input_ids == tokens
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'export')
+    with torch.no_grad():
+        ours = loaded.model(torch.tensor([tokens]))[0]
+        assert torch.allclose(theirs(torch.tensor([tokens])).logits, ours, atol=1e-4)
+    with pytest.raises(SystemExit, match='File exists'):
+        importlib.import_module('sample').export(loaded, f'{tmp_path}/export')
+
+
+def test_a_model_from_random_weights_is_exported_as_a_llama(trained, settings, tmp_path):
+    transformers = pytest.importorskip('transformers', reason="needs pip install transformers safetensors")
+    process = run('sample.py', f'--checkpoint={trained[0]}/tinyzero_astarpo_final.pt', f'--export={tmp_path}/export')
+    assert process.returncode == 0 and 'config.json, model.safetensors' in process.stdout
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'export')
+    ours = train.load_run(f'{trained[0]}/tinyzero_astarpo_final.pt', device='cpu').model
+    tokens = torch.randint(0, ours.config.vocab_size, (4, 30))
+    with torch.no_grad():
+        assert type(theirs).__name__ == 'LlamaForCausalLM' and torch.allclose(theirs(tokens).logits, ours(tokens)[0],
+                                                                              atol=1e-4)
+
+
+def test_what_pretrained_weights_cannot_do_is_said_in_one_line(settings, tmp_path, monkeypatch):
+    make_pretrained(tmp_path / 'model', vocab_size=64)
+    make_tokenizer(tmp_path / 'model')
+    from safetensors.torch import load_file, save_file
+    weights, config = load_file(tmp_path / 'model/model.safetensors'), json.load(open(tmp_path / 'model/config.json'))
+    norm = weights['model.norm.weight']
+    cases = [(dict(model_type='mamba'), {}, [], "model_type 'mamba' is not covered"),
+             (dict(rope_parameters=dict(rope_type='yarn')), {}, [], "rope_type 'yarn' is not covered"),
+             (dict(use_sliding_window=True), {}, [], "use_sliding_window True is not covered"),
+             ({}, {'model.vision.weight': norm}, [], "a tensor model.vision.weight (64,), which"),
+             ({}, {'model.norm.weight': norm[:7]}, [], "model.norm.weight (7,), which should be (64,)"),
+             ({}, {}, ['model.layers.1.self_attn.k_proj.bias'], "layers.1.self_attn.k_proj.bias is missing (1 in all)"),
+             ({}, {}, ['tokenizers'], "not installed: pip install tokenizers"),
+             ({}, {}, ['safetensors'], "not installed: pip install safetensors"),
+             ({}, {}, ['huggingface_hub'], "not installed: pip install huggingface_hub")]
+    for i, (changes, added, without, words) in enumerate(cases):
+        with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
+            for name in without:
+                patch.setitem(sys.modules, name, None)
+            json.dump(config | changes, open(tmp_path / 'model/config.json', 'w'))
+            save_file({k: v.clone() for k, v in (weights | added).items() if k not in without},
+                      tmp_path / 'model/model.safetensors')
+            start = 'someone/something' if 'huggingface_hub' in without else tmp_path / 'model'
+            main(settings, f'--init_from={start}', f'--out_dir={tmp_path}/{i}', '--max_new_tokens=64')
+        assert words in error.value.code and '\n' not in error.value.code
+    for name in ('model.safetensors', 'tokenizer.json', 'config.json'): # damaged, then missing
+        for damage in (lambda path: open(path, 'w').write('{'), os.remove):
+            damage(tmp_path / 'model' / name)
+            with pytest.raises(SystemExit, match=f'cannot use {tmp_path}/model: [^\n]*$'):
+                main(settings, f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/{name}', '--max_new_tokens=64')

@@ -6,9 +6,11 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
     torchrun --nproc_per_node=8 train.py --batch_size=4096        # eight GPUs, FSDP
     python train.py --init_from=resume                            # go on with the run in out/countdown
     python train.py --init_from=PATH --out_dir=out/more           # A*PO from the model of a checkpoint
+    python train.py --init_from=Qwen/Qwen2.5-0.5B                 # A*PO from pretrained weights, TinyZero's experiment
 
 Every setting below can be given as --name=value or --name value; --help lists them.
 """
+import contextlib
 import ctypes
 import dataclasses
 import difflib
@@ -31,13 +33,13 @@ import torch.nn.functional as F
 from torch.distributed.tensor import distribute_tensor
 
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
-from model import SIZES, ModelConfig, Transformer, generate
-from tasks import EOS, TASKS, WRONG, Tokenizer
+from model import SIZES, ModelConfig, Transformer, generate, load_pretrained, read_config
+from tasks import EOS, TASKS, WRONG, PretrainedTokenizer, Tokenizer, tokenizer_files
 
 # ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine ---------------
 task = 'countdown' # countdown | multiplication
 out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
-init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a path to a checkpoint to start A*PO from
+init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
 seed = 1337 # problems, weights and sampling noise all follow from it
 device = 'auto' # auto | cpu | cuda | mps
 dtype = 'auto' # auto | float32 | bfloat16: of the matrix multiplies; master weights are always float32
@@ -98,6 +100,11 @@ AUTO = {
                 rollout_rows=4096),
     ('multiplication', 'cpu'): dict(warmup_steps=3000, warmup_batch_size=32, max_steps=80, num_train_samples=512, max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
+    # Over all of these, and over defaults that are not open: TinyZero's puzzles, small steps, pieces that leave room
+    # for 150,000 logits a token.
+    'pretrained': dict(warmup_steps=-1, max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4,
+                       max_new_tokens=1024, max_number=99, num_train_samples=512, eval_interval=25,
+                       micro_batch_tokens=4096, rollout_rows=256),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
 GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length') # what rollout says of a response
@@ -127,7 +134,7 @@ class Run:
 def main():
     checkpoint = configure(sys.argv[1:])
     run = build(checkpoint)
-    print0(f"{run.model.num_params():,} parameters, {len(run.tokenizer.tokens)} tokens in the vocabulary")
+    print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens in the vocabulary")
     started = time.time() - run.seconds
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
@@ -436,19 +443,30 @@ def held_out_problems(task, count):
 def build(checkpoint):
     """The Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's state when resuming."""
     the_task = TASKS[task](**{name: globals()[name] for name in task_settings()})
-    tokenizer = Tokenizer(checkpoint['tokenizer'] if checkpoint else the_task.tokens)
-    if tokenizer.tokens != the_task.tokens:
+    tokenizer = checkpoint['tokenizer'] if checkpoint else the_task.tokens
+    pretrained = isinstance(tokenizer, dict)
+    with one_line(init_from):
+        tokenizer = (PretrainedTokenizer if pretrained else Tokenizer)(tokenizer)
+    the_task.form = tokenizer.form
+    if not pretrained and tokenizer.tokens != the_task.tokens:
         fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these "
              f"settings ({len(the_task.tokens)} tokens): use the task and the number ranges it was trained with")
     torch.manual_seed(seed)
     try:
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
-        config.max_seq_len = max(config.max_seq_len, 32 + max_new_tokens) # prompts are shorter than 32 tokens
+        if not pretrained:
+            config.max_seq_len = max(config.max_seq_len, 32 + max_new_tokens) # prompts are shorter than 32 tokens
+        elif config.max_seq_len < 256 + max_new_tokens: # prompts in words are shorter than 256
+            raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
+                             "positions of this model")
         model = Transformer(config).to(device)
     except ValueError as error:
         fail(str(error))
-    if checkpoint:
+    if checkpoint and 'folder' in checkpoint:
+        with one_line(init_from):
+            load_pretrained(model, checkpoint['folder'])
+    elif checkpoint:
         model.load_state_dict(checkpoint['model'])
     elif tokenizer.whole_numbers:
         embed_numbers(model, tokenizer)
@@ -620,20 +638,28 @@ def configure(argv):
     else:
         if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
             fail(f"{out_dir} already holds a run: continue it with --init_from=resume, or choose another --out_dir")
-        if init_from != 'scratch':
+        if os.path.isdir(init_from) or re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', init_from):
+            checkpoint = open_pretrained(init_from)
+        elif init_from != 'scratch':
             checkpoint = load_checkpoint(init_from)
-            globals().update({k: v for k, v in checkpoint['settings'].items() if k in task_settings()} | given)
+            given = {k: v for k, v in checkpoint['settings'].items() if k in task_settings()} | given
+            globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (dict(warmup_steps=-1) if checkpoint else {})
-    chosen = {k: v for k, v in auto.items() if not globals()[k]} if init_from != 'resume' else {} # all was settled then
+    pretrained = {}
+    if checkpoint and isinstance(checkpoint['tokenizer'], dict):
+        pretrained = AUTO['pretrained'] | {size: checkpoint['config'][size] for size in SIZES['small']}
+    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (pretrained or (dict(warmup_steps=-1) if checkpoint else {}))
+    chosen = {k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
+    chosen = chosen if init_from != 'resume' else {} # all was settled then
     globals().update(chosen)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
     if chosen:
-        print0(f"chosen for {task} on this machine ({kind}): " + ', '.join(f'{k}={v}' for k, v in chosen.items()))
+        print0(f"chosen for {task} on this machine ({kind}{', pretrained weights' if pretrained else ''}): "
+               + ', '.join(f'{k}={v}' for k, v in chosen.items()))
     for name in ('warmup_steps', 'max_steps'):
         globals()[name] = max(0, globals()[name])
     check_settings()
@@ -752,11 +778,35 @@ def load_checkpoint(path):
     return checkpoint
 
 
+def open_pretrained(name):
+    """What build needs of pretrained weights, in a folder or by a name that huggingface_hub finds: where they are,
+    their config and tokenizer."""
+    with one_line(name):
+        folder = name
+        if not os.path.isdir(name):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(name, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
+        config = dataclasses.asdict(read_config(folder))
+        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder))
+
+
+@contextlib.contextmanager
+def one_line(name):
+    """Whatever goes wrong in here with pretrained weights becomes one line; the libraries' exceptions have no common
+    class, and a damaged file raises any of them."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        fail(f"{name} needs a package that is not installed: pip install {error.name}")
+    except Exception as error:
+        fail(f"cannot use {name}: {' '.join(str(error).split())[:300]} ({type(error).__name__})")
+
+
 def save_checkpoint(run, final=False):
     """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
     it: a checkpoint is whole or not there. Every rank takes part, for weights are gathered; rank 0 writes."""
     checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, step=run.step,
-                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.tokens,
+                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.state,
                       model=gathered(run.model.state_dict()))
     if not final:
         checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()) for optimizer in run.optimizers],
