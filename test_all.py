@@ -601,6 +601,18 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
 
 
+def test_micro_batches_hold_every_row_once_and_keep_to_their_size(settings):
+    train.micro_batch_tokens, rng = 256, np.random.default_rng(0)
+    for _ in range(50):
+        lengths = torch.tensor(rng.integers(1, 400, rng.integers(1, 40))) # some rows alone are longer than 256
+        mask = torch.arange(400) < lengths[:, None]
+        pieces = train.micro_batches(mask)
+        assert torch.equal(torch.cat(pieces).sort().values, torch.arange(len(lengths)))
+        assert all(len(rows) == 1 or len(rows) * -(-int(lengths[rows].max()) // 16) * 16 <= 256 for rows in pieces)
+    mask = torch.arange(400) < torch.tensor([20] * 8 + [200])[:, None]
+    assert [len(rows) for rows in train.micro_batches(mask)] == [1, 8], "one long row does not pad the short ones"
+
+
 def test_two_ranks_take_the_steps_of_one(trained, tmp_path):
     """Sharded over two processes, with greedy sampling: the same problems, gradients and weights as one process."""
     driver = tmp_path / 'driver.py'

@@ -98,7 +98,8 @@ AUTO = {
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
                 num_train_samples=2048, max_new_tokens=640, eval_interval=100, micro_batch_tokens=131072,
                 rollout_rows=4096),
-    ('multiplication', 'cpu'): dict(warmup_steps=3000, warmup_batch_size=32, max_steps=80, num_train_samples=512, max_new_tokens=96),
+    ('multiplication', 'cpu'): dict(warmup_steps=3000, warmup_batch_size=32, max_steps=80, num_train_samples=512,
+                                    max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
     # Over all of these, and over defaults that are not open: TinyZero's puzzles, small steps, pieces that leave room
     # for 150,000 logits a token.
@@ -638,7 +639,9 @@ def configure(argv):
     else:
         if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
             fail(f"{out_dir} already holds a run: continue it with --init_from=resume, or choose another --out_dir")
-        if os.path.isdir(init_from) or re.fullmatch(r'[\w.-]+/[\w.-]+(?<!\.pt)', init_from):
+        # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
+        owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
+        if os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
             checkpoint = open_pretrained(init_from)
         elif init_from != 'scratch':
             checkpoint = load_checkpoint(init_from)

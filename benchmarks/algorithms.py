@@ -3,8 +3,8 @@ A*PO against GRPO: from the same warmed-up base, with as many sampled responses,
 
     python benchmarks/algorithms.py --task=countdown --seeds=3
 
-Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. GRPO has no stage 1: what
-A*PO samples there it gets as further steps. Each has the learning rate that did best for it of those tried (RATES).
+Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. GRPO has no stage 1:
+what A*PO samples there it gets as further steps. Settings that only one of them has go into SETTINGS.
 """
 import argparse
 import json
@@ -18,7 +18,7 @@ sys.path.insert(0, top)
 import train
 from sample import plot_runs
 
-RATES = {'apo': [], 'grpo': []} # settings beside the defaults
+SETTINGS = {'apo': [], 'grpo': []} # beside the defaults
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--task', default='countdown')
@@ -31,7 +31,7 @@ steps = args.steps or auto['max_steps']
 stage1 = auto['num_train_samples'] * train.num_responses_per_prompt // auto['batch_size'] # in steps' worth of responses
 folders = {}
 for seed in range(1, args.seeds + 1):
-    for algorithm, settings in RATES.items():
+    for algorithm, settings in SETTINGS.items():
         folder = folders[algorithm, seed] = os.path.join('out', 'algorithms', f'{args.task}_{algorithm}_{seed}')
         if os.path.exists(os.path.join(folder, 'results_summary.json')):
             continue
@@ -47,14 +47,15 @@ for seed in range(1, args.seeds + 1):
 
 print('| algorithm | accuracy: mean (each seed) | minutes | KL to the base | response length | GiB at the most |\n'
       '|---|---|---|---|---|---|')
-for algorithm in RATES:
+for algorithm in SETTINGS:
     runs = [folders[algorithm, seed] for seed in range(1, args.seeds + 1)]
     summaries = [json.load(open(os.path.join(run, 'results_summary.json'))) for run in runs]
-    last = [[row for row in map(json.loads, open(os.path.join(run, 'metrics.jsonl'))) if 'kl' in row][-1] for run in runs]
+    last = [[row for row in map(json.loads, open(os.path.join(run, 'metrics.jsonl'))) if 'kl' in row][-1]
+            for run in runs]
     mean = lambda values: statistics.mean(list(values))
     print(f"| {algorithm} | {mean(s['accuracy'] for s in summaries):.1%} "
           f"({', '.join(format(s['accuracy'], '.1%') for s in summaries)}) "
           f"| {mean(s['seconds'] for s in summaries) / 60:.1f} | {mean(row['base_kl'] for row in last):.1f} "
           f"| {mean(s['length'] for s in summaries):.0f} "
           f"| {mean(float(open(os.path.join(run, 'peak_memory')).read()) for run in runs):.2f} |")
-plot_runs([folders[algorithm, 1] for algorithm in RATES], f'out/algorithms/{args.task}.png')
+plot_runs([folders[algorithm, 1] for algorithm in SETTINGS], f'out/algorithms/{args.task}.png')
