@@ -731,6 +731,19 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
         assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
 
 
+def test_the_task_in_the_readme_is_trained_as_it_stands(tmp_path):
+    source = re.search(r'<!-- task -->\n```python\n(.*?)```', open(f'{HERE}/README.md').read(), re.S)[1]
+    for name in ('model', 'apo', 'tasks', 'train', 'sample'):
+        text = open(f'{HERE}/{name}.py').read()
+        (tmp_path / f'{name}.py').write_text(text + '\n\n' + source if name == 'tasks' else text)
+    process = run(f'{tmp_path}/train.py', '--task=sorting', '--max_number=12', *TINY[2:], '--warmup_steps=300',
+                  '--max_steps=2', f'--out_dir={tmp_path}/run', '--device=cpu')
+    assert process.returncode == 0 and process.stderr == '', process.stderr
+    assert metrics(f'{tmp_path}/run')[-1]['accuracy'] > 0
+    process = run(f'{tmp_path}/sample.py', f'--checkpoint={tmp_path}/run/tinyzero_astarpo_final.pt', '--prompt=3 1 2')
+    assert process.returncode == 0 and 'answer' in process.stdout
+
+
 def test_the_notebook_runs_from_top_to_bottom(tmp_path):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     notebook = nbformat.read(f'{HERE}/TinyZero_AstarPO.ipynb', as_version=4)
