@@ -198,7 +198,7 @@ class Countdown(Task):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
-        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 97% of
+        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 96% of
         # the puzzles have a solution below it.
         self.largest = max(max_target, max_number)
         self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
