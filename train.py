@@ -653,8 +653,8 @@ def configure(argv):
     if checkpoint and isinstance(checkpoint['tokenizer'], dict):
         pretrained = AUTO['pretrained'] | {size: checkpoint['config'][size] for size in SIZES['small']}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | (pretrained or (dict(warmup_steps=-1) if checkpoint else {}))
-    chosen = {k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
-    chosen = chosen if init_from != 'resume' else {} # all was settled then
+    chosen = {} if init_from == 'resume' else { # all was settled then
+        k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
     globals().update(chosen)
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
