@@ -267,7 +267,7 @@ class Countdown(Task):
                     made = made[:made.index(hit) + 1]
                 line = f"{z.value} {' '.join(wanted)}:{x.value} {y.value} {' '.join(made)}"
                 yield line, hit and next(end for middle in self.joins(x, y) if str(middle.value) == hit
-                                         for end in self.joins(middle, z) if end.value == problem.target)
+                                         for end in self.joins(z, middle) if end.value == problem.target)
 
     def pools(self, pool):
         """Every way to join terms until three are left, pair by pair: (lines that say so, the three)."""
@@ -282,13 +282,13 @@ class Countdown(Task):
                     yield [line, *lines], three
 
     def joins(self, x, y):
-        """The terms that + - * / make of two, each value once, none too large."""
-        made = {}
+        """The terms that + - * / make of two, each value once, none too large; the steps of x come first."""
+        made, steps = {}, x.steps + y.steps
         x, y = sorted((x, y), key=lambda term: term.value, reverse=True)
         for a, operator, b, result in operations(x.value, y.value):
             if result <= self.largest:
                 made.setdefault(result, Term(result, f'({x.text}{operator}{y.text})',
-                                             (*x.steps, *y.steps, f'{a}{operator}{b}={result}')))
+                                             (*steps, f'{a}{operator}{b}={result}')))
         return list(made.values())
 
     def results(self, x, y):

@@ -8,6 +8,7 @@ import math
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -32,7 +33,7 @@ HERE = os.path.dirname(os.path.abspath(__file__))
 TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--d_ff=128',
         '--warmup_steps=60', '--warmup_batch_size=16', '--batch_size=32', '--num_train_samples=32',
         '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4',
-        '--num_eval_samples=64', '--learning_rate=1e-3']
+        '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
 
 
 def run(*command, ranks=0, **options):
@@ -664,6 +665,47 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
         main(settings, f'--init_from={tmp_path}/foreign.pt', f'--out_dir={tmp_path}/new')
     with pytest.raises(SystemExit, match='does not fit --task=countdown'):
         main(settings, f'--init_from={out}/tinyzero_astarpo_final.pt', '--task=countdown', f'--out_dir={tmp_path}/new')
+
+
+def test_resuming_passes_over_a_damaged_checkpoint_and_old_ones_go(settings, trained, tmp_path, capsys):
+    for step in (62, 64, 66):
+        shutil.copy(f'{trained[0]}/checkpoint_step_{step}.pt', tmp_path)
+    (tmp_path / 'checkpoint_step_66.pt').write_bytes(b'half a check')
+    main(settings, '--init_from=resume', f'--out_dir={tmp_path}', '--keep_checkpoints=2')
+    said = capsys.readouterr().out
+    assert 'checkpoint_step_66.pt is damaged' in said and 'passing over it' in said and 'resuming at step 64' in said
+    assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_66.pt',
+                                                                          'checkpoint_step_68.pt']
+    assert_same(weights(tmp_path / 'tinyzero_astarpo_final.pt'), weights(f'{trained[0]}/tinyzero_astarpo_final.pt'))
+    for path in tmp_path.glob('checkpoint*'):
+        path.write_bytes(b'')
+    with pytest.raises(SystemExit, match='checkpoint_step_66.pt is damaged'):
+        main(settings, '--init_from=resume', f'--out_dir={tmp_path}')
+
+
+def test_out_of_memory_names_the_settings_to_lower(tmp_path):
+    driver = tmp_path / 'driver.py'
+    driver.write_text("import runpy, sys, torch\nsys.argv[0] = 'train.py'\n"
+                      "torch.nn.utils.clip_grad_norm_ = lambda *_: torch.empty(2 ** 60)\n"
+                      "runpy.run_path('train.py', run_name='__main__')\n")
+    process = run(driver, *TINY, '--warmup_steps=1', f'--out_dir={tmp_path}/run', '--device=cpu',
+                  env={**os.environ, 'PYTHONPATH': HERE})
+    assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
+    assert re.match('error: rank 0 is out of memory: halve --micro_batch_tokens=2048', process.stderr)
+
+
+def test_a_hint_says_once_why_the_reward_is_flat(settings, capsys):
+    healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
+    run = train.Run(None, None, None, None)
+    for step in range(60):
+        train.hint(run, healthy | dict(reward=0.3 + step / 100))
+    assert capsys.readouterr().out == '', "a run that learns gets no advice"
+    for sign, advice in [(dict(truncated=0.9), '--max_new_tokens'), (dict(reward=0.1, base_kl=50.0), 'KL is large'),
+                         (dict(reward=0.1, formatted=0.2), 'keep the format'), (dict(), 'the reward is flat')]:
+        run = train.Run(None, None, None, None)
+        for step in range(60):
+            train.hint(run, healthy | (sign if step > 5 else {}))
+        assert sum(advice in line for line in capsys.readouterr().out.splitlines()) == 1
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):

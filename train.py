@@ -84,6 +84,7 @@ eval_temperature = 1.0 # 0 is greedy
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
 eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints
+keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
 # ---- end of settings -----------------------------------------------------------------------------------------------
@@ -130,6 +131,8 @@ class Run:
     warmup_accuracy: float = 0.0
     bad_steps: int = 0 # steps in a row whose gradient was not finite
     recent: list = dataclasses.field(default_factory=list) # when the last steps ended, for the time left
+    rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for the hints
+    hints: list = dataclasses.field(default_factory=list) # that were given
 
 
 def main():
@@ -634,7 +637,7 @@ def configure(argv):
     if init_from == 'resume':
         if not there:
             fail(f"nothing to resume: there is no checkpoint in {out_dir}")
-        checkpoint = load_checkpoint(there[-1])
+        checkpoint = newest_whole(there)
         globals().update({k: v for k, v in checkpoint['settings'].items() if k not in ('out_dir', 'init_from')} | given)
     else:
         if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
@@ -739,6 +742,8 @@ def check_settings():
                  'max_number', 'max_target', 'max_factor'):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, not {globals()[name]}")
+    if keep_checkpoints < 0:
+        fail(f"--keep_checkpoints must be 0 (all) or above, not {keep_checkpoints}")
     for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate',
                  'value_learning_rate', 'grad_clip'):
         if not 0 < globals()[name] < math.inf:
@@ -779,6 +784,17 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
         fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
     return checkpoint
+
+
+def newest_whole(paths):
+    """The newest of these checkpoints that can be read."""
+    for path in reversed(paths):
+        try:
+            return load_checkpoint(path)
+        except SystemExit as error:
+            if path == paths[0]:
+                raise
+            print0(f"{error}; passing over it")
 
 
 def open_pretrained(name):
@@ -830,6 +846,8 @@ def save_checkpoint(run, final=False):
             os.remove(path + '.tmp')
         fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); "
              "earlier checkpoints are whole")
+    for old in checkpoints(out_dir)[:-keep_checkpoints]:
+        os.remove(old)
 
 
 def load_run(path, **changes):
@@ -902,6 +920,27 @@ def report(run, phase, every=1, **metrics):
         text = (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
                 f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}  {speed:,.0f} tokens/s")
     print0(f"{phase} {run.step - first}/{last - first}  {text}  {run.seconds / 60:.1f} min, {left}")
+    if phase != 'warm-up':
+        hint(run, metrics)
+
+
+def hint(run, metrics):
+    """Say once, when the metrics show that something goes wrong, what it is and which setting mends it."""
+    run.rewards.append(metrics['reward'])
+    start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
+    signs = {
+        f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower --learning_rate={learning_rate}":
+            metrics['truncated'] > 0.5,
+        f"the reward has fallen since the start and the KL is large: lower --learning_rate={learning_rate}":
+            now < start - 0.1 and metrics['base_kl'] > 10,
+        "few responses keep the format, and fewer by the step: lower --learning_rate, or give more --warmup_steps":
+            metrics['formatted'] < 0.5 and now < start - 0.1,
+        f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}, or give more "
+        "--warmup_steps": len(run.rewards) >= 50 and now < min(0.9, start + 0.02),
+    }
+    for advice in [advice for advice, sign in signs.items() if sign and advice not in run.hints]:
+        run.hints.append(advice)
+        print0(f"hint: {advice} (README, Why is my reward flat?)")
 
 
 def append(name, row):
@@ -948,4 +987,10 @@ def fail(message):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except RuntimeError as error: # CUDA, MPS and the CPU each say it in their own words
+        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+            raise
+        sys.exit(f"error: rank {rank} is out of memory: halve --micro_batch_tokens={micro_batch_tokens}, and if that does not help "
+                 f"--rollout_rows={rollout_rows}; what is saved in {out_dir} goes on with --init_from=resume")
