@@ -206,13 +206,14 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=None, watch=None):
     """
     Sample one response for each prompt.
 
     prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is greedy.
     Returns tokens (B, T), each row its prompt, its response and then eos as padding, and mask (B, T), True at sampled
-    positions up to and including the first eos. A row without eos under its mask ran into max_new_tokens.
+    positions up to and including the first eos. A row without eos under its mask ran into max_new_tokens. `watch`, if
+    given, is called with the first row's response so far after every token of it.
 
     No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the
     shortest has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave
@@ -243,6 +244,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
         is_response = (step >= 0) & (step < max_new_tokens) & alive
         token = torch.where(is_response, sampled, tokens[rows, t]) # inside a prompt its own token is forced
         tokens[rows, t], mask[rows, t] = token, is_response
+        if watch and rows[0] == 0 and step[0] >= 0:
+            watch(tokens[0, lengths[0]:t + 1])
         alive &= ~(is_response & (token == eos)) & (step < max_new_tokens - 1)
         # Dropping rows copies the cache, so wait until an eighth of them has ended.
         if 8 * alive.sum() <= 7 * len(rows):

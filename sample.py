@@ -20,6 +20,7 @@ import train
 from model import save_pretrained
 from tasks import END_THINK, extract_answer, reachable
 
+INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
 
@@ -88,18 +89,19 @@ def parse(run, text):
 
 def show(run, problems, num_samples, temperature):
     """Responses with the verifier's verdict; with several problems or samples a summary line."""
-    batch, _ = train.rollout(run, problems, train.EVAL, temperature, num_samples)
+    live = len(problems) == num_samples == 1 # a single response is printed while it is being sampled
+    if live:
+        show_problem(run, problems[0])
+    batch, _ = train.rollout(run, problems, train.EVAL, temperature, num_samples, live and Stream(run.tokenizer))
     verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
     for i, (problem, solved) in enumerate(zip(problems, verdicts)):
         rows = range(i * num_samples, (i + 1) * num_samples)
         best = max(rows, key=lambda row: batch['reward'][row].item())
-        thinking, _, _ = batch['texts'][best].partition(END_THINK)
         truncated, answer = bool(batch['truncated'][best]), extract_answer(batch['texts'][best])
-        print('\nproblem   ' + run.task.prompt(problem).removesuffix('<think>').replace('\n', '\n          '))
-        if hasattr(problem, 'target') and problem.target not in reachable(tuple(sorted(problem.numbers))):
-            print("          (cannot be solved by whole-number steps)")
-        print('thinking  ' + thinking.replace('\n', '\n          '))
-        print(f'answer    {"none" if answer is None else answer}')
+        if not live:
+            show_problem(run, problem)
+            print(batch['texts'][best].partition(END_THINK)[0].replace('\n', INDENT), end='')
+        print(f'\nanswer    {"none" if answer is None else answer}')
         verdict = 'correct' if batch['correct'][best] else \
             f'cut off after {train.max_new_tokens} tokens' if truncated else \
             'wrong' if batch['formatted'][best] else 'not in the format'
@@ -107,6 +109,25 @@ def show(run, problems, num_samples, temperature):
               (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))
     if len(problems) > 1 or num_samples > 1:
         print('\n' + summary_line(verdicts, num_samples))
+
+
+def show_problem(run, problem):
+    print('\nproblem   ' + run.task.prompt(problem).removesuffix('<think>').replace('\n', INDENT))
+    if hasattr(problem, 'target') and problem.target not in reachable(tuple(sorted(problem.numbers))):
+        print("          (cannot be solved by whole-number steps)")
+    print('thinking  ', end='')
+
+
+class Stream:
+    """Prints a response's thinking token by token; generate calls it with all the tokens so far."""
+
+    def __init__(self, tokenizer):
+        self.tokenizer, self.printed = tokenizer, 0
+
+    def __call__(self, tokens):
+        thinking = self.tokenizer.decode(tokens.tolist()).partition(END_THINK)[0]
+        print(thinking[self.printed:].replace('\n', INDENT), end='', flush=True)
+        self.printed = len(thinking)
 
 
 def summary_line(verdicts, n):

@@ -147,6 +147,10 @@ class Task:
             pass
         return problem
 
+    def ask(self, short, question, answer, example):
+        """The prompt: short in our own vocabularies; in words for a pretrained model, with an example of an answer."""
+        return self.form.format(f'{question} {TAGGED.format(answer, example)}') if self.form else short + THINK
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Countdown
@@ -198,9 +202,9 @@ class Countdown(Task):
         self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
             min_numbers, max_numbers, max_number, max_target)
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
-        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 96% of
+        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 98% of
         # the puzzles have a solution below it.
-        self.largest = max(max_target, max_number)
+        self.largest = max(max_target * 3 // 2, max_number)
         self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
@@ -212,11 +216,9 @@ class Countdown(Task):
                 return CountdownProblem(numbers, targets[rng.integers(len(targets))])
 
     def prompt(self, problem):
-        if self.form:
-            numbers, tagged = ', '.join(map(str, problem.numbers)), TAGGED.format('the expression', '(1 + 2) / 3')
-            return self.form.format(f"Make {problem.target} from the numbers {numbers}, using each exactly once, with "
-                                    f"+ - * / and parentheses. {tagged}")
-        return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
+        return self.ask(f"{' '.join(map(str, problem.numbers))}={problem.target}",
+                        f"Make {problem.target} from the numbers {', '.join(map(str, problem.numbers))}, using each "
+                        "exactly once, with + - * / and parentheses.", 'the expression', '(1 + 2) / 3')
 
     def parse(self, text):
         """'3 5 7 = 22' -> problem. Raises ValueError."""
@@ -373,9 +375,7 @@ class Multiplication(Task):
 
     def prompt(self, problem):
         question = f'What is {problem.a} × {problem.b}?'
-        if self.form:
-            return self.form.format(f"{question} {TAGGED.format('the number', '1009')}") # a prime: no product
-        return question + THINK
+        return self.ask(question, question, 'the number', '1009') # a prime: no product
 
     def parse(self, text):
         """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""
@@ -408,12 +408,192 @@ class Multiplication(Task):
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.a * problem.b}{END_ANSWER}'
 
     def grade(self, problem, response):
-        answer = extract_answer(response)
-        match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', answer) if answer is not None else None
+        return grade_number(response, problem.a * problem.b)
+
+
+def grade_number(response, right):
+    """The grade of an answer that must be one whole number in plain ASCII digits."""
+    match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
+    return Grade(float(int(match[1]) == right), int(match[1]) == right, True) if match else WRONG
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Three small ones, to start your own from
+
+class ChainProblem(NamedTuple):
+    text: str # '7+12-5'
+    value: int
+
+
+class Chain(Task):
+    """What is 7+12-5? From left to right. Half of the demonstrations answer at once, half write each sum."""
+
+    def __init__(self, max_number=20):
+        self.max_number = max_number
+        self.tokens = TAGS + list('+-=\n') + [str(n) for n in range(6 * max_number + 1)] # numbers as a whole
+
+    def problem(self, rng):
+        text = str(value := int(rng.integers(1, self.max_number + 1)))
+        for _ in range(rng.integers(2, 6)):
+            y, minus = int(rng.integers(1, self.max_number + 1)), rng.integers(2)
+            minus = minus and y <= value # never below 0
+            text, value = f"{text}{'-' if minus else '+'}{y}", value - y if minus else value + y
+        return ChainProblem(text, value)
+
+    def prompt(self, problem):
+        return self.ask(problem.text, f'What is {problem.text}?', 'the number', '1009')
+
+    def parse(self, text):
+        if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text := text.replace(' ', '').strip()):
+            raise ValueError(f"{text[:80]!r} is no chain of numbers; write it like '7+12-5'")
+        return ChainProblem(text, sum(map(int, re.findall('[+-]?[0-9]+', text))))
+
+    def canonical(self, problem):
+        return problem.text
+
+    def difficulty(self, problem):
+        return f"{len(re.findall('[0-9]+', problem.text))} numbers"
+
+    def demonstration(self, problem, rng):
+        terms, lines = re.findall('[+-]?[0-9]+', problem.text), []
+        for i in range(1, len(terms)) if rng.integers(2) else []:
+            x = sum(map(int, terms[:i]))
+            lines.append(f'{x}{terms[i]}={x + int(terms[i])}')
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.value}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        return grade_number(response, problem.value)
+
+
+class EquationProblem(NamedTuple):
+    a: int
+    b: int
+    c: int
+
+
+class Equation(Task):
+    """
+    Which whole number x makes a*x+b=c? The demonstrations guess: `5:15 22` is a guess of 5, a*5 and a*5+b. They guess
+    at random and mostly give up; that the last guess says where to look is for A*PO to find out.
+    """
+
+    def __init__(self, max_number=20):
+        self.max_number = max_number
+        self.tokens = TAGS + list('*x+=:\n') + [str(n) for n in range(9 * max_number + 100)]
+
+    def problem(self, rng):
+        a, b, x = (int(rng.integers(low, high + 1)) for low, high in ((2, 9), (1, 99), (1, self.max_number)))
+        return EquationProblem(a, b, a * x + b)
+
+    def prompt(self, problem):
+        text = '{}*x+{}={}'.format(*problem)
+        return self.ask(text, f'Which whole number x solves {text}?', 'the number', '1009')
+
+    def parse(self, text):
+        match = re.fullmatch(r'([1-9][0-9]{0,4})\*?x\+([0-9]{1,4})=([0-9]{1,6})', text.replace(' ', '').strip())
         if not match:
+            raise ValueError(f"{text.strip()[:80]!r} is no equation; write it like '3*x+7=22'")
+        return EquationProblem(*map(int, match.groups()))
+
+    def canonical(self, problem):
+        return '{}*x+{}={}'.format(*problem)
+
+    def difficulty(self, problem):
+        return 'x up to 10' if problem.c - problem.b <= 10 * problem.a else 'x above 10'
+
+    def demonstration(self, problem, rng):
+        a, b, c = problem
+        lines = []
+        for x in 1 + rng.permutation(self.max_number)[:rng.integers(1, 8)]:
+            lines.append(f'{x}:{a * x} {a * x + b}')
+            if a * x + b == c:
+                break
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        return grade_number(response, (problem.c - problem.b) / problem.a)
+
+
+class Grid(Task):
+    """
+    Walk from S to G on a 5 x 5 grid, not through #. A problem is its rows, joined by '/'. The demonstrations walk at
+    random, never twice over one place (`U31` is a step up to row 3, column 1), start again on a new line when they are
+    stuck, and then may give up. The answer is the steps: UULDR.
+    """
+    moves = dict(U=(-1, 0), D=(1, 0), L=(0, -1), R=(0, 1))
+
+    def __init__(self):
+        self.tokens = TAGS + list('.#SG/UDLR\n') + [str(n) for n in range(5)]
+
+    def problem(self, rng):
+        while True:
+            cells = rng.choice(list('..#'), 25)
+            cells[rng.choice(25, 2, replace=False)] = 'S', 'G'
+            grid = '/'.join(''.join(row) for row in cells.reshape(5, 5))
+            if self.distance(grid):
+                return grid
+
+    def free(self, grid, row, column):
+        """Whether one may stand there."""
+        return 0 <= row < 5 and 0 <= column < 5 and grid[6 * row + column] != '#'
+
+    def distance(self, grid):
+        """Steps from S to G on the shortest path, or 0 where there is none."""
+        places = seen = {divmod(grid.index('S'), 6)}
+        for steps in range(25):
+            if divmod(grid.index('G'), 6) in places:
+                return steps
+            places = {(r + y, c + x) for r, c in places for y, x in self.moves.values()
+                      if self.free(grid, r + y, c + x)} - seen
+            seen = seen | places
+        return 0
+
+    def prompt(self, problem):
+        return self.ask(problem, f'Walk from S to G, not through #, on the grid {problem}, whose rows are separated '
+                        'by /. U is up, D down, L left, R right.', 'the steps', 'UULDR')
+
+    def parse(self, text):
+        text = text.strip()
+        if not re.fullmatch('([.#SG]{5}/){4}[.#SG]{5}', text) or text.count('S') != 1 or text.count('G') != 1:
+            raise ValueError(f"{text[:80]!r} is no grid; write it like 'S.#../.##../...../.#.#./....G'")
+        return text
+
+    def canonical(self, problem):
+        return problem
+
+    def difficulty(self, problem):
+        distance = self.distance(problem)
+        return f'{distance} steps' if distance < 6 else '6 steps or more'
+
+    def demonstration(self, problem, rng):
+        start, goal = (divmod(problem.index(letter), 6) for letter in 'SG')
+        lines = []
+        for _ in range(rng.integers(1, 4)):
+            (row, column), seen, line, steps = start, {start}, '', ''
+            while (row, column) != goal:
+                ways = [(letter, row + y, column + x) for letter, (y, x) in self.moves.items()
+                        if self.free(problem, row + y, column + x) and (row + y, column + x) not in seen]
+                if not ways:
+                    break
+                letter, row, column = ways[rng.integers(len(ways))]
+                seen.add((row, column))
+                line, steps = f'{line}{letter}{row}{column}', steps + letter
+            lines.append(line)
+            if (row, column) == goal:
+                break
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{steps}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        answer = extract_answer(response)
+        if answer is None or not re.fullmatch('[UDLR]+', answer):
             return WRONG
-        correct = int(match[1]) == problem.a * problem.b
+        place = divmod(problem.index('S'), 6)
+        for y, x in map(self.moves.get, answer):
+            place = place[0] + y, place[1] + x
+            if not self.free(problem, *place):
+                return Grade(0.0, False, True)
+        correct = place == divmod(problem.index('G'), 6)
         return Grade(float(correct), correct, True)
 
 
-TASKS = {'countdown': Countdown, 'multiplication': Multiplication}
+TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain, equation=Equation, grid=Grid)

@@ -37,7 +37,7 @@ from model import SIZES, ModelConfig, Transformer, generate, load_pretrained, re
 from tasks import EOS, TASKS, WRONG, PretrainedTokenizer, Tokenizer, tokenizer_files
 
 # ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine ---------------
-task = 'countdown' # countdown | multiplication
+task = 'countdown' # countdown | multiplication | chain | equation | grid
 out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
 seed = 1337 # problems, weights and sampling noise all follow from it
@@ -93,8 +93,8 @@ SETTINGS = {name: value for name, value in list(globals().items())
 
 # What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
-    'cpu': dict(**SIZES['small'], warmup_steps=8000, warmup_batch_size=16, max_steps=40, batch_size=256,
-                num_train_samples=256, max_new_tokens=640, eval_interval=20, micro_batch_tokens=2048,
+    'cpu': dict(**SIZES['small'], warmup_steps=8000, warmup_batch_size=16, max_steps=80, batch_size=128,
+                num_train_samples=256, max_new_tokens=800, eval_interval=20, micro_batch_tokens=2048,
                 rollout_rows=1024),
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
                 num_train_samples=2048, max_new_tokens=640, eval_interval=100, micro_batch_tokens=131072,
@@ -102,6 +102,9 @@ AUTO = {
     ('multiplication', 'cpu'): dict(warmup_steps=3000, warmup_batch_size=32, max_steps=80, num_train_samples=512,
                                     max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
+    ('chain', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64),
+    ('equation', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=120, max_new_tokens=128),
+    ('grid', 'cpu'): dict(warmup_steps=2000, warmup_batch_size=32, max_steps=120, max_new_tokens=192),
     # Over all of these, and over defaults that are not open: TinyZero's puzzles, small steps, pieces that leave room
     # for 150,000 logits a token.
     'pretrained': dict(warmup_steps=-1, max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4,
@@ -260,7 +263,7 @@ def training_problems(run):
     return problems, run.values[chosen]
 
 
-def rollout(run, problems, stream, at_temperature, repeat=1):
+def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     """
     Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for
     stage 1, stage 2 and evaluation alike: a response that did not end within max_new_tokens is truncated, its
@@ -277,7 +280,7 @@ def rollout(run, problems, stream, at_temperature, repeat=1):
         key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
         generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
         pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature,
-                               run.tokenizer.eos, generator))
+                               run.tokenizer.eos, generator, watch))
     width = max(tokens.size(1) for tokens, _ in pieces)
     tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
     mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
