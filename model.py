@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 
 @dataclass
@@ -153,6 +154,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
+        self.recompute = False # keep of each block only its input for the backward pass, which computes the rest again
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
@@ -195,7 +197,8 @@ class Transformer(nn.Module):
         x = self.embed(tokens) # (B, T, d_model)
         cos, sin = self.cos[start:start + T].to(x.dtype), self.sin[start:start + T].to(x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin, cache)
+            x = block(x, cos, sin, cache) if not self.recompute or cache is not None else \
+                checkpoint(block, x, cos, sin, None, use_reentrant=False)
         if cache is not None:
             cache.length += T
         x = self.norm(x)

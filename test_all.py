@@ -620,6 +620,20 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
 
 
+def test_activation_checkpointing_changes_no_gradient(settings):
+    model, tokens = Transformer(ModelConfig(30, d_model=32, n_layers=2)), torch.randint(30, (3, 20))
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            logits, _ = model(tokens)
+        logits.logsumexp(-1).sum().backward()
+        gradients.append((sum(saved), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert gradients[1][0] < gradients[0][0] / 2, "less is kept"
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1]))
+
+
 def test_micro_batches_hold_every_row_once_and_keep_to_their_size(settings):
     train.micro_batch_tokens, rng = 256, np.random.default_rng(0)
     for _ in range(50):
@@ -748,6 +762,18 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
     step = int(re.fullmatch(r'error: stopped by a signal at step (\d+); '
                             r'continue with --init_from=resume --out_dir=\S+\n', message)[1])
     assert process.returncode == 1 and weights(tmp_path / 'run' / f'checkpoint_step_{step}.pt')['step'] == step
+
+
+def test_a_rank_that_dies_ends_the_others(tmp_path):
+    driver = tmp_path / 'driver.py'
+    driver.write_text("import os, runpy, signal, sys, torch\nsys.argv[0] = 'train.py'\nstep = torch.optim.AdamW.step\n"
+                      "torch.optim.AdamW.step = lambda *a: step(*a) if os.environ['RANK'] == '0' else "
+                      "os.kill(os.getpid(), signal.SIGKILL)\nrunpy.run_path('train.py', run_name='__main__')\n")
+    started = time.time()
+    process = run(driver, *TINY, f'--out_dir={tmp_path}/run', '--device=cpu', ranks=2,
+                  env={**os.environ, 'PYTHONPATH': HERE})
+    assert process.returncode != 0 and time.time() - started < 60
+    assert 'error: rank 0 lost another rank, which died; go on with --init_from=resume' in process.stderr
 
 
 def test_nothing_to_learn_from_is_said(settings, tmp_path):

@@ -86,6 +86,7 @@ eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps 
 checkpoint_interval = 500 # steps between checkpoints
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
+activation_checkpointing = False # compute each block twice in an update, to keep less in memory
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
@@ -477,6 +478,7 @@ def build(checkpoint):
         model.load_state_dict(checkpoint['model'])
     elif tokenizer.whole_numbers:
         embed_numbers(model, tokenizer)
+    model.recompute = activation_checkpointing
     run = Run(the_task, tokenizer, model, sampler=model)
     # Sampling needs whole weights in the precision that computes; on one rank in float32 the policy's own are that.
     if world_size > 1 or dtype != 'float32' or compile:
@@ -993,6 +995,9 @@ if __name__ == '__main__':
     try:
         main()
     except RuntimeError as error: # CUDA, MPS and the CPU each say it in their own words
+        if re.search('gloo|closed by peer|reset by peer|NCCL', str(error)):
+            sys.exit(f"error: rank {rank} lost another rank, which died; go on with --init_from=resume "
+                     f"({str(error).splitlines()[0][:120]})")
         if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
             raise
         sys.exit(f"error: rank {rank} is out of memory: halve --micro_batch_tokens={micro_batch_tokens}, and if that does not help "
