@@ -130,11 +130,16 @@ class Stream:
         self.printed = len(thinking)
 
 
+def pass_at_k(verdicts, n, k):
+    """The share of problems that k responses solve, from how many of n did (the unbiased estimate of arXiv
+    2107.03374)."""
+    return sum(1 - math.comb(n - solved, k) / math.comb(n, k) for solved in verdicts) / len(verdicts)
+
+
 def summary_line(verdicts, n):
-    """Accuracy, and pass@k for the powers of two up to n (the unbiased estimate of arXiv 2107.03374)."""
-    pass_at = lambda k: sum(1 - math.comb(n - c, k) / math.comb(n, k) for c in verdicts) / len(verdicts)
+    """Accuracy, and pass@k for the powers of two up to n."""
     line = f'{len(verdicts)} problem(s) x {n} response(s): accuracy {sum(verdicts) / len(verdicts) / n:.3f}'
-    return line + ''.join(f', pass@{2 ** i} {pass_at(2 ** i):.3f}' for i in range(1, n.bit_length()))
+    return line + ''.join(f', pass@{2 ** i} {pass_at_k(verdicts, n, 2 ** i):.3f}' for i in range(1, n.bit_length()))
 
 
 def play(run, temperature):
@@ -199,7 +204,7 @@ def plot_runs(folders, path):
             for axis in axes.flat[:3]:
                 axis.axvspan(0, warm_up[-1]['seconds'] / 60, color=color, alpha=0.08, lw=0)
         left = [0.0] * len(steps)
-        for part, hatch in zip(('rollout', 'reference', 'update', 'grading'), ('', '//', '..', 'xx')):
+        for part, hatch in zip(train.PARTS, ('', '//', '..', 'xx')):
             if folder == folders[0]:
                 top = [a + row['seconds_' + part] for a, row in zip(left, steps)]
                 axes[1, 1].fill_between(minutes(steps), left, top, label=part, hatch=hatch, lw=0, alpha=0.7)

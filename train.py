@@ -113,6 +113,7 @@ AUTO = {
                        micro_batch_tokens=4096, rollout_rows=256),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
+PARTS = ('rollout', 'reference', 'update', 'grading') # of a step of A*PO, timed
 GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length') # what rollout says of a response
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 rank, world_size = 0, 1
@@ -889,7 +890,8 @@ def restore(run, checkpoint):
         for name in ('metrics.jsonl', 'samples.jsonl'):
             lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
             with open(os.path.join(out_dir, name), 'w') as file:
-                file.writelines(line for line in lines if json.loads(line)['step'] <= run.step)
+                whole = (line for line in lines if line.endswith('\n')) # a crash may have cut the last one
+                file.writelines(line for line in whole if json.loads(line)['step'] <= run.step)
     print0(f"resuming at step {run.step}")
 
 
@@ -934,7 +936,7 @@ def hint(run, metrics):
     run.rewards.append(metrics['reward'])
     start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
     signs = {
-        f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower --learning_rate={learning_rate}":
+        f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
             metrics['truncated'] > 0.5,
         f"the reward has fallen since the start and the KL is large: lower --learning_rate={learning_rate}":
             now < start - 0.1 and metrics['base_kl'] > 10,
@@ -965,9 +967,13 @@ def finish(run):
     git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'],
                          capture_output=True, text=True)
     result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
+    with open(os.path.join(out_dir, 'metrics.jsonl')) as file:
+        steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
+    split = {f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 1) for part in PARTS}
+    speed = round(sum(row['tokens'] for row in steps) / sum(split.values())) if steps else None
     summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
-                   steps=run.step, seconds=round(run.seconds, 1), device=device, ranks=world_size,
-                   threads=torch.get_num_threads(), settings={k: globals()[k] for k in SETTINGS},
+                   steps=run.step, seconds=round(run.seconds, 1), **split, tokens_per_second=speed,
+                   device=device, ranks=world_size, threads=torch.get_num_threads(), settings={k: globals()[k] for k in SETTINGS},
                    git_commit=git.stdout.strip() or None,
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
@@ -1000,5 +1006,5 @@ if __name__ == '__main__':
                      f"({str(error).splitlines()[0][:120]})")
         if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
             raise
-        sys.exit(f"error: rank {rank} is out of memory: halve --micro_batch_tokens={micro_batch_tokens}, and if that does not help "
-                 f"--rollout_rows={rollout_rows}; what is saved in {out_dir} goes on with --init_from=resume")
+        sys.exit(f"error: rank {rank} is out of memory: halve --micro_batch_tokens={micro_batch_tokens}, and if that "
+                 f"does not help --rollout_rows={rollout_rows}; what is saved goes on with --init_from=resume")

@@ -1,0 +1,43 @@
+"""
+How well the value head predicts V* of prompts that it never saw: R^2 against V* from the reference's own responses.
+
+    python benchmarks/value_head.py --checkpoint=out/countdown/checkpoint_step_8000.pt
+
+The checkpoint is the one that stage 1 leaves, after the last step of the warm-up: later the head follows the policy.
+V* from N responses is noisy itself; the second figure is what a perfect head could reach, from two halves of them.
+"""
+import argparse
+import os
+import sys
+
+import torch
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import train
+from apo import optimal_value
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--checkpoint', required=True)
+parser.add_argument('--num_problems', type=int, default=300)
+parser.add_argument('--num_samples', type=int, default=16)
+args = parser.parse_args()
+
+run = train.load_run(args.checkpoint)
+problems = train.held_out_problems(run.task, args.num_problems)
+batch, _ = train.rollout(run, problems, train.EVAL, train.temperature, args.num_samples)
+rewards = batch['reward'].view(len(problems), -1)
+with torch.no_grad():
+    first = slice(None, None, args.num_samples)
+    _, predicted = train.token_logprobs(run.model, batch['tokens'][first], batch['mask'][first])
+
+
+def r_squared(guess, truth):
+    return 1 - ((guess - truth).square().mean() / truth.var(unbiased=False)).item()
+
+
+truth = optimal_value(rewards, train.beta1)
+one, other = (optimal_value(half, train.beta1) for half in rewards.chunk(2, dim=1))
+noise = (one - other).square().mean() / 4 # variance of V* of all N, from the difference of its halves
+print(f'{len(problems)} unseen prompts x {args.num_samples} responses: mean V* {truth.mean():.3f}, predicted '
+      f'{predicted.mean():.3f}, R^2 {r_squared(predicted, truth):.2f}, at best '
+      f'{1 - (noise / truth.var(unbiased=False)).item():.2f}')
