@@ -92,7 +92,8 @@ def show(run, problems, num_samples, temperature):
     live = len(problems) == num_samples == 1 # a single response is printed while it is being sampled
     if live:
         show_problem(run, problems[0])
-    batch, _ = train.rollout(run, problems, train.EVAL, temperature, num_samples, live and Stream(run.tokenizer))
+    stream = Stream(run.tokenizer)
+    batch, _ = train.rollout(run, problems, train.EVAL, temperature, num_samples, stream if live else None)
     verdicts = batch['correct'].view(-1, num_samples).sum(1).int().tolist()
     for i, (problem, solved) in enumerate(zip(problems, verdicts)):
         rows = range(i * num_samples, (i + 1) * num_samples)
@@ -100,7 +101,7 @@ def show(run, problems, num_samples, temperature):
         truncated, answer = bool(batch['truncated'][best]), extract_answer(batch['texts'][best])
         if not live:
             show_problem(run, problem)
-            print(batch['texts'][best].partition(END_THINK)[0].replace('\n', INDENT), end='')
+        print(batch['texts'][best].partition(END_THINK)[0][stream.printed:].replace('\n', INDENT), end='')
         print(f'\nanswer    {"none" if answer is None else answer}')
         verdict = 'correct' if batch['correct'][best] else \
             f'cut off after {train.max_new_tokens} tokens' if truncated else \
@@ -125,9 +126,11 @@ class Stream:
         self.tokenizer, self.printed = tokenizer, 0
 
     def __call__(self, tokens):
-        thinking = self.tokenizer.decode(tokens.tolist()).partition(END_THINK)[0]
+        text = self.tokenizer.decode(tokens.tolist())
+        # What may yet become the tag that ends it, or a whole letter, is held back.
+        thinking = text.partition(END_THINK)[0] if END_THINK in text else text[:-len(END_THINK)]
         print(thinking[self.printed:].replace('\n', INDENT), end='', flush=True)
-        self.printed = len(thinking)
+        self.printed = max(self.printed, len(thinking))
 
 
 def pass_at_k(verdicts, n, k):
@@ -198,17 +201,14 @@ def plot_runs(folders, path):
                                 [row for row in rows if row['phase'] == 'warm-up'])
         axes[0, 0].plot(minutes(steps), [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
         axes[0, 0].plot(minutes(evaluations), [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
-        axes[0, 1].plot(minutes(steps), [row['length'] for row in steps], color=color, label=name)
-        axes[1, 0].plot(minutes(steps), [row['kl'] for row in steps], color=color, label=name)
+        for axis, metric in ((axes[0, 1], 'length'), (axes[1, 0], 'kl')):
+            axis.plot(minutes(steps), [row[metric] for row in steps], color=color, label=name)
         if warm_up and folder == folders[0]:
             for axis in axes.flat[:3]:
                 axis.axvspan(0, warm_up[-1]['seconds'] / 60, color=color, alpha=0.08, lw=0)
-        left = [0.0] * len(steps)
-        for part, hatch in zip(train.PARTS, ('', '//', '..', 'xx')):
-            if folder == folders[0]:
-                top = [a + row['seconds_' + part] for a, row in zip(left, steps)]
-                axes[1, 1].fill_between(minutes(steps), left, top, label=part, hatch=hatch, lw=0, alpha=0.7)
-                left = top
+        if folder == folders[0]:
+            axes[1, 1].stackplot(minutes(steps), [[row['seconds_' + part] for row in steps] for part in train.PARTS],
+                                 labels=train.PARTS, colors=COLORS, alpha=0.7)
     for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
                                        'KL to the reference',
                                        f'seconds per step ({names[0]})')):
@@ -221,4 +221,9 @@ def plot_runs(folders, path):
 
 
 if __name__ == '__main__':
-    main()
+    try:
+        main()
+    except (EOFError, KeyboardInterrupt): # how people leave a prompt
+        print()
+    except OSError as error:
+        train.fail(f'{error.filename}: {error.strerror}')

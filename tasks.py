@@ -38,22 +38,21 @@ class Tokenizer:
         self.ids = {token: i for i, token in enumerate(self.tokens)}
         self.eos = self.ids[EOS]
         self.whole_numbers = '10' in self.ids
-        words = [t for t in self.tokens if not t.isdigit()]
-        words += [r'[0-9]+', r'(?<=[0-9.]) (?=[0-9.])'] if self.whole_numbers else ['[0-9]']
-        words = sorted(words[:len(TAGS)], key=len, reverse=True) + words[len(TAGS):]
-        self.pattern = re.compile('|'.join(w if w.startswith(('[0-9]', '(?<=')) else re.escape(w) for w in words))
+        words = sorted((re.escape(t) for t in self.tokens if not t.isdigit()), key=len, reverse=True)
+        words += ['[0-9]+', '(?<=[0-9.]) (?=[0-9.])'] if self.whole_numbers else ['[0-9]']
+        self.pattern = re.compile('|'.join(words))
 
     def encode(self, text):
         """str -> list of ids. Raises ValueError, naming the piece, when the vocabulary does not have it."""
         ids, position = [], 0
         while position < len(text):
             match = self.pattern.match(text, position)
-            if not match or (match.group() != ' ' or not self.whole_numbers) and match.group() not in self.ids:
-                piece = match.group() if match else text[position]
+            piece = match.group() if match else text[position]
+            if piece in self.ids:
+                ids.append(self.ids[piece])
+            elif not match or piece != ' ': # one that their being neighbours implies
                 raise ValueError(f"{piece!r} is not in the vocabulary of this model ({len(self.tokens)} tokens)")
-            if match.group() in self.ids:
-                ids.append(self.ids[match.group()])
-            position = match.end()
+            position += len(piece)
         return ids
 
     def decode(self, ids):
@@ -134,18 +133,23 @@ def extract_answer(response):
 
 
 class Task:
-    """What the tasks share: the split. `canonical` is equal for the same puzzle written differently."""
+    """What the tasks share: the split."""
     form = '' # where the question is asked in words, what stands around it
+
+    def canonical(self, problem):
+        """Equal for the same puzzle written differently; a problem that is a text is that already."""
+        return problem
 
     def is_test(self, problem):
         """About a tenth of all puzzles, chosen by a stable hash: never trained on, neither in warm-up nor later."""
         return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
 
     def draw(self, rng, test=False):
-        """A problem from the training split, or from the test split."""
-        while self.is_test(problem := self.problem(rng)) != test:
-            pass
-        return problem
+        """A problem from the training split, or from the test split. Raises ValueError when there seems to be none."""
+        for _ in range(10000):
+            if self.is_test(problem := self.problem(rng)) == test:
+                return problem
+        raise ValueError("these number ranges allow too few problems for a split into training and test")
 
     def ask(self, short, question, answer, example):
         """The prompt: short in our own vocabularies; in words for a pretrained model, with an example of an answer."""
@@ -222,9 +226,10 @@ class Countdown(Task):
 
     def parse(self, text):
         """'3 5 7 = 22' -> problem. Raises ValueError."""
-        match = re.fullmatch(rf'{WHITE}([0-9]+(?:[ ,]+[0-9]+)+) *= *([0-9]+){WHITE}', text)
+        match = re.fullmatch(rf'{WHITE}([0-9]+(?:[ ,]+[0-9]+){{1,5}}) *= *([0-9]+){WHITE}', text)
         if not match:
-            raise ValueError(f"{text.strip()[:80]!r} is not a countdown puzzle; write it like '3 5 7 = 22'")
+            raise ValueError(f"{text.strip()[:80]!r} is not a countdown puzzle of two to six numbers; write it like "
+                             "'3 5 7 = 22'")
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 
     def canonical(self, problem):
@@ -420,49 +425,44 @@ def grade_number(response, right):
 # --------------------------------------------------------------------------------------------------------------------
 # Three small ones, to start your own from
 
-class ChainProblem(NamedTuple):
-    text: str # '7+12-5'
-    value: int
-
-
 class Chain(Task):
-    """What is 7+12-5? From left to right. Half of the demonstrations answer at once, half write each sum."""
+    """What is 7+12-5? A problem is that text. Half of the demonstrations answer at once, half write each sum."""
 
     def __init__(self, max_number=20):
         self.max_number = max_number
         self.tokens = TAGS + list('+-=\n') + [str(n) for n in range(6 * max_number + 1)] # numbers as a whole
 
     def problem(self, rng):
-        text = str(value := int(rng.integers(1, self.max_number + 1)))
+        text = str(rng.integers(1, self.max_number + 1))
         for _ in range(rng.integers(2, 6)):
-            y, minus = int(rng.integers(1, self.max_number + 1)), rng.integers(2)
-            minus = minus and y <= value # never below 0
-            text, value = f"{text}{'-' if minus else '+'}{y}", value - y if minus else value + y
-        return ChainProblem(text, value)
+            y, minus = rng.integers(1, self.max_number + 1), rng.integers(2)
+            text += f"{'-' if minus and y <= self.value(text) else '+'}{y}" # never below 0
+        return text
+
+    def value(self, problem):
+        return sum(map(int, re.findall('[+-]?[0-9]+', problem)))
 
     def prompt(self, problem):
-        return self.ask(problem.text, f'What is {problem.text}?', 'the number', '1009')
+        return self.ask(problem, f'What is {problem}?', 'the number', '1009')
 
     def parse(self, text):
-        if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text := text.replace(' ', '').strip()):
-            raise ValueError(f"{text[:80]!r} is no chain of numbers; write it like '7+12-5'")
-        return ChainProblem(text, sum(map(int, re.findall('[+-]?[0-9]+', text))))
-
-    def canonical(self, problem):
-        return problem.text
+        text = text.replace(' ', '').strip()
+        if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text) or self.value(text) < 0:
+            raise ValueError(f"{text[:80]!r} is no chain of numbers with a value above 0; write it like '7+12-5'")
+        return text
 
     def difficulty(self, problem):
-        return f"{len(re.findall('[0-9]+', problem.text))} numbers"
+        return f"{len(re.findall('[0-9]+', problem))} numbers"
 
     def demonstration(self, problem, rng):
-        terms, lines = re.findall('[+-]?[0-9]+', problem.text), []
+        terms, lines = re.findall('[+-]?[0-9]+', problem), []
         for i in range(1, len(terms)) if rng.integers(2) else []:
             x = sum(map(int, terms[:i]))
             lines.append(f'{x}{terms[i]}={x + int(terms[i])}')
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.value}{END_ANSWER}'
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.value(problem)}{END_ANSWER}'
 
     def grade(self, problem, response):
-        return grade_number(response, problem.value)
+        return grade_number(response, self.value(problem))
 
 
 class EquationProblem(NamedTuple):
@@ -486,7 +486,7 @@ class Equation(Task):
         return EquationProblem(a, b, a * x + b)
 
     def prompt(self, problem):
-        text = '{}*x+{}={}'.format(*problem)
+        text = self.canonical(problem)
         return self.ask(text, f'Which whole number x solves {text}?', 'the number', '1009')
 
     def parse(self, text):
@@ -518,9 +518,9 @@ class Grid(Task):
     """
     Walk from S to G on a 5 x 5 grid, not through #. A problem is its rows, joined by '/'. The demonstrations walk at
     random, never twice over one place (`U31` is a step up to row 3, column 1), start again on a new line when they are
-    stuck, and then may give up. The answer is the steps: UULDR.
+    stuck, and then may give up. The answer is the steps: UURDR.
     """
-    moves = dict(U=(-1, 0), D=(1, 0), L=(0, -1), R=(0, 1))
+    moves = dict(U=-6, D=6, L=-1, R=1) # in the text, where a row is six characters with its '/'
 
     def __init__(self):
         self.tokens = TAGS + list('.#SG/UDLR\n') + [str(n) for n in range(5)]
@@ -533,24 +533,24 @@ class Grid(Task):
             if self.distance(grid):
                 return grid
 
-    def free(self, grid, row, column):
-        """Whether one may stand there."""
-        return 0 <= row < 5 and 0 <= column < 5 and grid[6 * row + column] != '#'
+    def ways(self, grid, place):
+        """The steps that can be taken from a place, {letter: where it leads}."""
+        return {letter: place + move for letter, move in self.moves.items()
+                if 0 <= place + move < len(grid) and grid[place + move] not in '#/'}
 
     def distance(self, grid):
         """Steps from S to G on the shortest path, or 0 where there is none."""
-        places = seen = {divmod(grid.index('S'), 6)}
+        places = seen = {grid.index('S')}
         for steps in range(25):
-            if divmod(grid.index('G'), 6) in places:
+            if grid.index('G') in places:
                 return steps
-            places = {(r + y, c + x) for r, c in places for y, x in self.moves.values()
-                      if self.free(grid, r + y, c + x)} - seen
+            places = {to for place in places for to in self.ways(grid, place).values()} - seen
             seen = seen | places
         return 0
 
     def prompt(self, problem):
         return self.ask(problem, f'Walk from S to G, not through #, on the grid {problem}, whose rows are separated '
-                        'by /. U is up, D down, L left, R right.', 'the steps', 'UULDR')
+                        'by /. U is up, D down, L left, R right.', 'the steps', 'UURDDL') # ends where it began
 
     def parse(self, text):
         text = text.strip()
@@ -558,41 +558,37 @@ class Grid(Task):
             raise ValueError(f"{text[:80]!r} is no grid; write it like 'S.#../.##../...../.#.#./....G'")
         return text
 
-    def canonical(self, problem):
-        return problem
-
     def difficulty(self, problem):
         distance = self.distance(problem)
         return f'{distance} steps' if distance < 6 else '6 steps or more'
 
     def demonstration(self, problem, rng):
-        start, goal = (divmod(problem.index(letter), 6) for letter in 'SG')
         lines = []
         for _ in range(rng.integers(1, 4)):
-            (row, column), seen, line, steps = start, {start}, '', ''
-            while (row, column) != goal:
-                ways = [(letter, row + y, column + x) for letter, (y, x) in self.moves.items()
-                        if self.free(problem, row + y, column + x) and (row + y, column + x) not in seen]
+            place, line, steps = problem.index('S'), '', ''
+            seen = {place}
+            while problem[place] != 'G':
+                ways = [way for way in self.ways(problem, place).items() if way[1] not in seen]
                 if not ways:
                     break
-                letter, row, column = ways[rng.integers(len(ways))]
-                seen.add((row, column))
-                line, steps = f'{line}{letter}{row}{column}', steps + letter
+                letter, place = ways[rng.integers(len(ways))]
+                seen.add(place)
+                line, steps = f'{line}{letter}{place // 6}{place % 6}', steps + letter
             lines.append(line)
-            if (row, column) == goal:
+            if problem[place] == 'G':
                 break
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{steps}{END_ANSWER}'
 
     def grade(self, problem, response):
-        answer = extract_answer(response)
-        if answer is None or not re.fullmatch('[UDLR]+', answer):
+        match = re.fullmatch(f'{WHITE}([UDLR]+){WHITE}', extract_answer(response) or '')
+        if not match:
             return WRONG
-        place = divmod(problem.index('S'), 6)
-        for y, x in map(self.moves.get, answer):
-            place = place[0] + y, place[1] + x
-            if not self.free(problem, *place):
+        place = problem.index('S')
+        for letter in match[1]:
+            place = self.ways(problem, place).get(letter)
+            if place is None:
                 return Grade(0.0, False, True)
-        correct = place == divmod(problem.index('G'), 6)
+        correct = problem[place] == 'G'
         return Grade(float(correct), correct, True)
 
 

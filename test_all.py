@@ -672,8 +672,8 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
     two ranks saved goes on with one."""
     driver = tmp_path / 'driver.py'
     driver.write_text("import train\nsampled = train.generate\n"
-                      "train.generate = lambda model, prompts, n, temperature, eos, generator: "
-                      "sampled(model, prompts, n, 0, eos, generator)\n"
+                      "train.generate = lambda model, prompts, n, temperature, *rest: "
+                      "sampled(model, prompts, n, 0, *rest)\n"
                       "if __name__ == '__main__':\n    train.main()\n")
     environment = {**os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1'}
     phases = dict(warmup=['--warmup_steps=10', '--max_steps=-1'], # stage 1 would refuse a model as raw as this
@@ -690,7 +690,7 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
                 assert torch.allclose(one[name], more[name], atol=2e-5), (phase, ranks, name)
             for a, b in zip(metrics(tmp_path / f'{phase}1'), metrics(tmp_path / f'{phase}{ranks}')):
                 for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
-                    assert name not in a or abs(a[name] - b[name]) < 1e-4 + 1e-3 * abs(a[name]), (phase, ranks, name)
+                    assert name not in a or abs(a[name] - b[name]) < 1e-4 + 3e-3 * abs(a[name]), (phase, ranks, name)
     for ranks in (1, 4):
         os.makedirs(tmp_path / f'more{ranks}')
         shutil.copy(tmp_path / 'warmup2' / 'checkpoint_step_10.pt', tmp_path / f'more{ranks}')
@@ -759,13 +759,14 @@ def test_out_of_memory_names_the_settings_to_lower(tmp_path):
 def test_a_hint_says_once_why_the_reward_is_flat(settings, capsys):
     healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
     run = train.Run(None, None, None, None)
-    for step in range(60):
-        train.hint(run, healthy | dict(reward=0.3 + step / 100))
+    for run.step in range(train.warmup_steps + 1, train.warmup_steps + 61):
+        train.hint(run, healthy | dict(reward=0.3 + run.step / 100))
     assert capsys.readouterr().out == '', "a run that learns gets no advice"
     for sign, advice in [(dict(truncated=0.9), '--max_new_tokens'), (dict(reward=0.1, base_kl=50.0), 'KL is large'),
                          (dict(reward=0.1, formatted=0.2), 'keep the format'), (dict(), 'the reward is flat')]:
         run = train.Run(None, None, None, None)
-        for step in range(60):
+        for run.step in range(train.warmup_steps + 1, train.warmup_steps + 61):
+            step = run.step - train.warmup_steps - 1
             train.hint(run, healthy | (sign if step > 5 else {}))
         assert sum(advice in line for line in capsys.readouterr().out.splitlines()) == 1
 

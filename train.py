@@ -67,7 +67,6 @@ algorithm = 'apo' # apo | grpo
 max_steps = 0 # optimizer steps after the warm-up; -1: none
 batch_size = 0 # responses per step, over all ranks
 learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
-muon_learning_rate = 0.0 # Muon, for the matrices of the blocks; 0: AdamW for all
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
@@ -158,7 +157,7 @@ def main():
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
-        run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
+        run.optimizers = make_optimizers(run.model, learning_rate)
         if max_steps:
             run.warmup_accuracy = log_evaluation(run, 'after the warm-up')['accuracy']
 
@@ -470,6 +469,8 @@ def build(checkpoint):
             raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                              "positions of this model")
         model = Transformer(config).to(device)
+        for test in (False, True): # there must be problems of both splits
+            the_task.draw(np.random.default_rng(0), test)
     except ValueError as error:
         fail(str(error))
     if checkpoint and 'folder' in checkpoint:
@@ -525,8 +526,8 @@ def copy_weights(model, whole):
         target.copy_(source.full_tensor() if hasattr(source, 'full_tensor') else source)
 
 
-def make_optimizers(model, lr, muon_lr):
-    """AdamW on float32 master weights, and Muon for the matrices of the blocks where muon_lr is not 0. The value head
+def make_optimizers(model, lr, muon_lr=0.0):
+    """AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks. The value head
     is a small regression beside the policy, with a learning rate of its own."""
     head, matrices, rest = [], [], []
     for name, p in model.named_parameters():
@@ -658,10 +659,10 @@ def configure(argv):
             globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    pretrained = {}
-    if checkpoint and isinstance(checkpoint['tokenizer'], dict):
-        pretrained = AUTO['pretrained'] | {size: checkpoint['config'][size] for size in SIZES['small']}
-    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (pretrained or (dict(warmup_steps=-1) if checkpoint else {}))
+    sizes = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
+    pretrained = AUTO['pretrained'] | sizes if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
+    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (
+        pretrained or (sizes | dict(warmup_steps=-1) if checkpoint else {}))
     chosen = {} if init_from == 'resume' else { # all was settled then
         k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
     globals().update(chosen)
@@ -745,7 +746,7 @@ def check_settings():
             fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
     for name in ('batch_size', 'warmup_batch_size', 'num_train_samples', 'max_new_tokens', 'num_responses_per_prompt',
                  'num_eval_samples', 'micro_batch_tokens', 'rollout_rows', 'eval_interval', 'checkpoint_interval',
-                 'max_number', 'max_target', 'max_factor'):
+                 'max_number', 'max_target', 'max_factor', *SIZES['small']):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, not {globals()[name]}")
     if keep_checkpoints < 0:
@@ -830,7 +831,8 @@ def one_line(name):
 def save_checkpoint(run, final=False):
     """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
     it: a checkpoint is whole or not there. Every rank takes part, for weights are gathered; rank 0 writes."""
-    checkpoint = dict(format=FORMAT, task=task, settings={k: globals()[k] for k in SETTINGS}, step=run.step,
+    checkpoint = dict(format=FORMAT, task=task, step=run.step,
+                      settings={k: globals()[k] for k in SETTINGS} | dict(device=device.split(':')[0]),
                       config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.state,
                       model=gathered(run.model.state_dict()))
     if not final:
@@ -852,7 +854,8 @@ def save_checkpoint(run, final=False):
             os.remove(path + '.tmp')
         fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); "
              "earlier checkpoints are whole")
-    for old in checkpoints(out_dir)[:-keep_checkpoints]:
+    there = checkpoints(out_dir)
+    for old in [] if final else there[:there.index(path) + 1][:-keep_checkpoints]:
         os.remove(old)
 
 
@@ -873,15 +876,20 @@ def restore(run, checkpoint):
         setattr(run, name, checkpoint[name])
     run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device)
     if checkpoint['reference']:
+        if warmup_steps != checkpoint['settings']['warmup_steps']:
+            fail(f"the warm-up of this run is over: --warmup_steps={warmup_steps} comes too late")
         run.reference = frozen_copy(run.model)
         run.reference.load_state_dict(checkpoint['reference'])
         run.base = run.reference
         if checkpoint['base']:
             run.base = frozen_copy(run.model)
             run.base.load_state_dict(checkpoint['base'])
-        run.optimizers = make_optimizers(run.model, learning_rate, muon_learning_rate)
+        run.optimizers = make_optimizers(run.model, learning_rate)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
+        rates = [group['initial_lr'] for group in optimizer.param_groups] # those of today's settings
         optimizer.load_state_dict(state)
+        for group, rate in zip(optimizer.param_groups, rates):
+            group['initial_lr'] = rate
         for p, averages in optimizer.state.items():
             for name, value in averages.items():
                 if hasattr(p, 'device_mesh') and value.shape == p.shape:
@@ -889,9 +897,10 @@ def restore(run, checkpoint):
     if rank == 0: # what was logged after the checkpoint will be logged again
         for name in ('metrics.jsonl', 'samples.jsonl'):
             lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
-            with open(os.path.join(out_dir, name), 'w') as file:
+            with open(os.path.join(out_dir, name + '.tmp'), 'w') as file:
                 whole = (line for line in lines if line.endswith('\n')) # a crash may have cut the last one
                 file.writelines(line for line in whole if json.loads(line)['step'] <= run.step)
+            os.replace(file.name, os.path.join(out_dir, name))
     print0(f"resuming at step {run.step}")
 
 
@@ -908,7 +917,7 @@ def request_stop(number, frame):
     """Ctrl-C and SIGTERM finish the step and save; a second Ctrl-C leaves at once."""
     global stop_signal
     stop_signal = number
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def report(run, phase, every=1, **metrics):
@@ -943,7 +952,7 @@ def hint(run, metrics):
         "few responses keep the format, and fewer by the step: lower --learning_rate, or give more --warmup_steps":
             metrics['formatted'] < 0.5 and now < start - 0.1,
         f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}, or give more "
-        "--warmup_steps": len(run.rewards) >= 50 and now < min(0.9, start + 0.02),
+        "--warmup_steps": len(run.rewards) == run.step - warmup_steps >= 50 and now < min(0.9, start + 0.02),
     }
     for advice in [advice for advice, sign in signs.items() if sign and advice not in run.hints]:
         run.hints.append(advice)
@@ -960,6 +969,8 @@ def append(name, row):
 def finish(run):
     """The final evaluation, model, summary and curves."""
     result = log_evaluation(run, 'at the end')
+    if not max_steps:
+        run.warmup_accuracy = result['accuracy']
     save_checkpoint(run)
     save_checkpoint(run, final=True)
     if rank:
@@ -973,8 +984,8 @@ def finish(run):
     speed = round(sum(row['tokens'] for row in steps) / sum(split.values())) if steps else None
     summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
                    steps=run.step, seconds=round(run.seconds, 1), **split, tokens_per_second=speed,
-                   device=device, ranks=world_size, threads=torch.get_num_threads(), settings={k: globals()[k] for k in SETTINGS},
-                   git_commit=git.stdout.strip() or None,
+                   device=device, ranks=world_size, threads=torch.get_num_threads(),
+                   settings={k: globals()[k] for k in SETTINGS}, git_commit=git.stdout.strip() or None,
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
@@ -1001,7 +1012,7 @@ if __name__ == '__main__':
     try:
         main()
     except RuntimeError as error: # CUDA, MPS and the CPU each say it in their own words
-        if re.search('gloo|closed by peer|reset by peer|NCCL', str(error)):
+        if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
             sys.exit(f"error: rank {rank} lost another rank, which died; go on with --init_from=resume "
                      f"({str(error).splitlines()[0][:120]})")
         if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
