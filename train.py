@@ -66,7 +66,7 @@ warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays
 algorithm = 'apo' # apo | grpo
 max_steps = 0 # optimizer steps after the warm-up; -1: none
 batch_size = 0 # responses per step, over all ranks
-learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
+learning_rate = 0.0 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
@@ -94,13 +94,13 @@ SETTINGS = {name: value for name, value in list(globals().items())
 # What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
     'cpu': dict(**SIZES['small'], warmup_steps=8000, warmup_batch_size=16, max_steps=80, batch_size=128,
-                num_train_samples=256, max_new_tokens=800, eval_interval=20, micro_batch_tokens=2048,
-                rollout_rows=1024),
+                learning_rate=2e-4, num_train_samples=256, max_new_tokens=800, eval_interval=20,
+                micro_batch_tokens=2048, rollout_rows=1024),
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
-                num_train_samples=2048, max_new_tokens=640, eval_interval=100, micro_batch_tokens=131072,
-                rollout_rows=4096),
-    ('multiplication', 'cpu'): dict(warmup_steps=4000, warmup_batch_size=32, max_steps=160, num_train_samples=512,
-                                    max_new_tokens=96),
+                learning_rate=2e-4, num_train_samples=2048, max_new_tokens=800, eval_interval=100,
+                micro_batch_tokens=131072, rollout_rows=4096),
+    ('multiplication', 'cpu'): dict(warmup_steps=4000, warmup_batch_size=32, max_steps=160, learning_rate=4e-4,
+                                    num_train_samples=512, max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
     ('chain', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64),
     ('equation', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=120, max_new_tokens=128),
