@@ -980,8 +980,8 @@ def finish(run):
     result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
     with open(os.path.join(out_dir, 'metrics.jsonl')) as file:
         steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
-    split = {f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 1) for part in PARTS}
-    speed = round(sum(row['tokens'] for row in steps) / sum(split.values())) if steps else None
+    split = {f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 2) for part in PARTS}
+    speed = round(sum(row['tokens'] for row in steps) / max(sum(split.values()), 0.01)) if steps else None
     summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
                    steps=run.step, seconds=round(run.seconds, 1), **split, tokens_per_second=speed,
                    device=device, ranks=world_size, threads=torch.get_num_threads(),
