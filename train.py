@@ -184,6 +184,9 @@ def main():
         checkpoint_if_due(run)
     run.seconds = time.time() - started
     finish(run)
+    if world_size > 1: # left to the end of Python, gloo's threads may abort the process
+        dist.barrier()
+        dist.destroy_process_group()
 
 
 # --------------------------------------------------------------------------------------------------------------------
