@@ -104,8 +104,10 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         if T == 1:
             # Decoding: the query heads that share a key head become the rows of one small matrix, nothing is copied.
+            # A CPU's fused attention takes such matrices one by one, which two batched products beat.
             q = q.view(B, self.n_kv_heads, -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v)
+            y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
+                (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
         else:
             assert k.size(2) == T, ("only the first forward with a cache may hold several tokens, "
                                     f"got {T} after {k.size(2) - T}")

@@ -473,13 +473,13 @@ class EquationProblem(NamedTuple):
 
 class Equation(Task):
     """
-    Which whole number x makes a*x+b=c? The demonstrations guess: `5:15 22` is a guess of 5, a*5 and a*5+b. They guess
-    at random and mostly give up; that the last guess says where to look is for A*PO to find out.
+    Which whole number x makes a*x+b=c? Half of the demonstrations answer at once, half write two steps: 22-7=15 and
+    15/3=5.
     """
 
     def __init__(self, max_number=20):
         self.max_number = max_number
-        self.tokens = TAGS + list('*x+=:\n') + [str(n) for n in range(9 * max_number + 100)]
+        self.tokens = TAGS + list('*x+-/=\n') + [str(n) for n in range(9 * max_number + 100)]
 
     def problem(self, rng):
         a, b, x = (int(rng.integers(low, high + 1)) for low, high in ((2, 9), (1, 99), (1, self.max_number)))
@@ -503,11 +503,8 @@ class Equation(Task):
 
     def demonstration(self, problem, rng):
         a, b, c = problem
-        lines = []
-        for x in 1 + rng.permutation(self.max_number)[:rng.integers(1, 8)]:
-            lines.append(f'{x}:{a * x} {a * x + b}')
-            if a * x + b == c:
-                break
+        x = (c - b) // a
+        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x}'] if rng.integers(2) else []
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x}{END_ANSWER}'
 
     def grade(self, problem, response):

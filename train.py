@@ -103,7 +103,7 @@ AUTO = {
                                     num_train_samples=512, max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
     ('chain', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64),
-    ('equation', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=120, max_new_tokens=128),
+    ('equation', 'cpu'): dict(warmup_steps=1500, warmup_batch_size=32, max_steps=60, max_new_tokens=64),
     ('grid', 'cpu'): dict(warmup_steps=2000, warmup_batch_size=32, max_steps=120, max_new_tokens=192),
     # Over all of these, and over defaults that are not open: TinyZero's puzzles, small steps, pieces that leave room
     # for 150,000 logits a token.
