@@ -66,11 +66,12 @@ same = sum(a == b for a, b in zip(ours(0), transformers(0, 'dynamic')))
 print(f'{same} of {args.rows} greedy responses are the same, token by token; {torch.get_num_threads()} threads')
 if same < 0.99 * args.rows: # two equal logits may fall either way
     sys.exit('error: the two do not compute the same thing')
-print('| against transformers, float32 | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
+print('| against transformers | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
       '|---|---|---|---|')
-for cache in ('dynamic', 'static'):
+for dtype, cache in (('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')): # theirs; ours is float32
+    theirs.to(getattr(torch, dtype))
     pairs = [(speed(ours, 1.0), speed(transformers, 1.0, cache)) for _ in range(args.pairs + 1)][1:] # warmed up
     ratios = sorted(a / b for a, b in pairs)
-    print(f'| {cache} cache | {statistics.median(a for a, _ in pairs):,.0f} '
+    print(f'| {dtype}, {cache} cache | {statistics.median(a for a, _ in pairs):,.0f} '
           f'| {statistics.median(b for _, b in pairs):,.0f} '
           f'| {statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |')

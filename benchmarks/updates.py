@@ -1,0 +1,95 @@
+"""
+Training tokens per second, forward and backward, ours against padded batches: 16 rows as they come, all as long as the
+longest of these, logits at every position. The same model, weights and responses; only tokens of responses count.
+
+    python benchmarks/updates.py
+
+The model of assets/ on 256 responses of its own, and a 50M model on an eighth of these, which is also compared with the
+rate of a matrix multiply in bfloat16. First both must give the same gradient. Pairs of passes, one after the other; the
+ratio is the median over the pairs, with the least and the greatest.
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import torch
+import torch.nn.functional as F
+
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, top)
+import train
+from model import SIZES, ModelConfig, Transformer
+
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--checkpoint', default=f'{top}/assets/countdown_trained.pt')
+parser.add_argument('--rows', type=int, default=256)
+parser.add_argument('--pairs', type=int, default=5)
+args = parser.parse_args()
+
+
+def ours(model, tokens, mask):
+    for rows in train.micro_batches(mask):
+        logprobs, _ = train.token_logprobs(model, *train.trim(tokens[rows], mask[rows]))
+        logprobs.sum().backward()
+
+
+def padded(model, tokens, mask):
+    for rows in torch.arange(len(tokens)).split(16):
+        end = int(mask[rows].any(0).nonzero().max()) + 1
+        with train.autocast():
+            logits, _ = model(tokens[rows, :end - 1])
+        logprobs = -F.cross_entropy(logits.float().flatten(0, 1), tokens[rows, 1:end].flatten(), reduction='none')
+        (logprobs * mask[rows, 1:end].flatten()).sum().backward()
+
+
+def seconds(function, *arguments):
+    started = time.time()
+    function(*arguments)
+    return time.time() - started
+
+
+def gradient(function, model, *batch):
+    model.zero_grad()
+    function(model, *batch)
+    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+
+def compare(name, model, tokens, mask):
+    """A line of the table; returns the seconds of our fastest pass."""
+    a, b = (gradient(function, model, tokens, mask) for function in (ours, padded))
+    if (a - b).norm() > (1e-4 if train.dtype == 'float32' else 3e-2) * b.norm():
+        sys.exit('error: the two do not compute the same gradient')
+    pairs = [(seconds(ours, model, tokens, mask), seconds(padded, model, tokens, mask)) for _ in range(args.pairs)]
+    ratios = sorted(b / a for a, b in pairs)
+    count = mask.sum().item()
+    print(f'| {name} | {train.dtype} | {count / statistics.median(a for a, _ in pairs):,.0f} '
+          f'| {count / statistics.median(b for _, b in pairs):,.0f} '
+          f'| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |', flush=True)
+    return min(a for a, _ in pairs)
+
+
+def matmul_rate(dtype, n=2048):
+    """Floating-point operations per second of a square matrix multiply, the best of ten."""
+    x = torch.randn(n, n).to(dtype)
+    return 2 * n ** 3 / min(seconds(torch.mm, x, x) for _ in range(10))
+
+
+run = train.load_run(args.checkpoint)
+batch, _ = train.rollout(run, train.held_out_problems(run.task, args.rows), train.EVAL, train.temperature)
+tokens, mask = batch['tokens'], batch['mask']
+print(f'{len(tokens)} responses of {mask.sum(1).float().mean():.0f} tokens on average, the longest row '
+      f'{tokens.size(1)}; micro-batches of {train.micro_batch_tokens} tokens; {torch.get_num_threads()} threads\n'
+      '| forward and backward | precision | ours, tokens/s | padded | ratio: median (least to greatest) |\n'
+      '|---|---|---|---|---|')
+compare('0.8M', run.model, tokens, mask)
+few = torch.arange(0, len(tokens), 8) # an eighth of the rows, for it is sixty times as large
+tokens, mask = train.trim(tokens[few], mask[few])
+model = Transformer(ModelConfig(run.model.config.vocab_size, run.model.config.max_seq_len, **SIZES['50m']))
+train.dtype = 'bfloat16'
+best = compare('50M', model, tokens, mask)
+cells = sum(len(rows) * train.trim(tokens[rows], mask[rows])[0].size(1) for rows in train.micro_batches(mask))
+rate = 6 * model.num_params() * cells / best # attention, a few percent, is left out
+print(f'the 50M model computes {rate / 1e9:.0f} GFLOP/s, padding counted, where bfloat16 matrix multiplies run at '
+      f'{matmul_rate(torch.bfloat16) / 1e9:.0f} and float32 ones at {matmul_rate(torch.float32) / 1e9:.0f}')
