@@ -156,7 +156,8 @@ def play(run, temperature):
 
 def evaluate(run, path, count, num_samples, temperature):
     """Grade held-out problems; the numbers also go to sample_eval.json beside the checkpoint."""
-    result, rows = train.evaluate(run, count, temperature, num_samples)
+    problems = train.held_out_problems(run.task, count)
+    result, rows = train.evaluate(run, problems, temperature, num_samples)
     verdicts = [int(sum(row['correct'] for row in rows[i:i + num_samples])) for i in range(0, len(rows), num_samples)]
     print(summary_line(verdicts, num_samples))
     print(', '.join(f'{group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items()))

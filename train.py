@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import dataclasses
 import difflib
+import functools
 import inspect
 import json
 import math
@@ -393,12 +394,11 @@ def trim(tokens, mask):
     return tokens[:, :end], mask[:, :end]
 
 
-def evaluate(run, count, at_temperature, repeat=1):
+def evaluate(run, problems, at_temperature, repeat=1):
     """
-    Grade `repeat` responses to each of `count` held-out problems, which are the same in every run; ranks share the
-    work. Returns a summary, with accuracy by difficulty and its Wilson 95% interval, and a dict for every response.
+    Grade `repeat` responses to each problem; ranks share the work. Returns a summary, with accuracy by difficulty and
+    its Wilson 95% interval, and a dict for every response.
     """
-    problems = held_out_problems(run.task, count)
     batch, _ = rollout(run, problems[rank::world_size] or problems[:1], EVAL, at_temperature, repeat)
     rows = gather_lists([
         dict(zip(GRADES, grades), difficulty=run.task.difficulty(p), prompt=run.task.prompt(p), response=text)
@@ -414,11 +414,11 @@ def evaluate(run, count, at_temperature, repeat=1):
 
 
 def log_evaluation(run, when, share=1):
-    """Evaluate a `share`-th of num_eval_samples at eval_temperature, print the result, record it with eight of the
-    responses; returns the summary."""
+    """Evaluate every `share`-th of the held-out problems at eval_temperature, print the result, record it with eight of
+    the responses; returns the summary."""
     if sys.stdout.isatty():
         print0(f'evaluating {when} on held-out problems ...', end='\r')
-    result, rows = evaluate(run, -(-num_eval_samples // share), eval_temperature)
+    result, rows = evaluate(run, held_out_problems(run.task, num_eval_samples)[::share], eval_temperature)
     low, high = result['interval_95']
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}"
            + ''.join(f', {group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items())
@@ -438,8 +438,9 @@ def draw(task, stream, step, count):
     return [(task.draw(rng), rng) for rng in rngs]
 
 
+@functools.lru_cache(maxsize=1) # drawing 2,000 takes a second
 def held_out_problems(task, count):
-    """`count` different problems of the test split, or all there are; they do not depend on the run's seed."""
+    """`count` different problems of the test split, or all there are: the same in every run, whatever its seed."""
     rng, found, since = np.random.default_rng((EVAL, 2025)), {}, 0
     while len(found) < count and since < 5000:
         problem = task.draw(rng, test=True)
