@@ -620,8 +620,9 @@ def test_killed_at_any_moment_it_goes_on_and_ends_the_same(trained, tmp_path):
 
 
 @pytest.mark.parametrize('extra', [
-    ['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True']])
-def test_resume_is_exact_for_grpo_and_for_stored_values(settings, tmp_path, extra):
+    ['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True'],
+    ['--dtype=float16'], ['--dtype=bfloat16']])
+def test_resume_is_exact_for_grpo_stored_values_and_low_precision(settings, tmp_path, extra):
     arguments = [*TINY, '--checkpoint_interval=2', *extra]
     torch.set_num_threads(1)
     main(settings, *arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
@@ -639,6 +640,49 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
          '--learning_rate=3e-4', f'--out_dir={tmp_path}/run')
     rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
+
+
+def test_a_gradient_that_is_not_finite_changes_nothing_and_five_end_the_run(settings, tmp_path):
+    train.configure([*TINY, f'--out_dir={tmp_path}'])
+    for train.dtype, patience in (('float32', 5), ('float16', 25)):
+        run = train.build(None)
+        before = {name: p.clone() for name, p in run.model.state_dict().items()}
+        for step in range(patience - 1):
+            run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, math.nan)
+            train.optimizer_step(run)
+            assert run.bad_steps == step + 1 and run.model.norm.weight.grad is None
+        assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+        assert run.loss_scale == (1 if patience == 5 else 2.0 ** (16 - 24)), "float16 tries smaller ones first"
+        run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, math.inf)
+        with pytest.raises(SystemExit, match=f'not finite in {patience} steps in a row.*learning_rate'):
+            train.optimizer_step(run)
+        run.bad_steps = 3
+        run.model.norm.weight.grad = torch.ones_like(run.model.norm.weight)
+        train.optimizer_step(run)
+        assert run.bad_steps == 0 and not torch.equal(run.model.norm.weight, before['norm.weight'])
+
+
+def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_probabilities(settings, tmp_path):
+    """A*PO's gradients are small, for beta2 is: float16 would lose them without its loss scale."""
+    train.configure([*TINY, f'--out_dir={tmp_path}'])
+    gradients = {}
+    for train.dtype in ('float32', 'bfloat16', 'float16'):
+        run = train.build(None)
+        run.base, run.step = train.frozen_copy(run.model), train.warmup_steps
+        run.reference = run.base
+        problems, _ = train.training_problems(run)
+        batch, seconds = train.rollout(run, problems, train.TRAIN, 1.0)
+        if train.dtype == 'float32':
+            same = batch
+        sampler = {key: train.token_logprobs(model, batch['tokens'], batch['mask'])[0].sum(1).detach()
+                   for key, model in dict(whole=run.sampler, policy=run.model).items()}
+        assert abs((sampler['whole'] - sampler['policy']).mean()) < 0.01, "KL at step 0"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(train, 'optimizer_step', lambda run: gradients.update({train.dtype: torch.cat(
+                [p.grad.flatten() / run.loss_scale for p in run.model.parameters() if p.grad is not None])}) or 0.0)
+            train.update(run, same, torch.ones(len(problems)), dict(seconds))
+        off = gradients[train.dtype] - gradients['float32']
+        assert off.norm() < 0.05 * gradients['float32'].norm(), train.dtype
 
 
 def test_activation_checkpointing_changes_no_gradient(settings):

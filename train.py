@@ -43,7 +43,7 @@ out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
 seed = 1337 # problems, weights and sampling noise all follow from it
 device = 'auto' # auto | cpu | cuda | mps
-dtype = 'auto' # auto | float32 | bfloat16: of the matrix multiplies; master weights are always float32
+dtype = 'auto' # auto | float32 | bfloat16 | float16: of the matrix multiplies; master weights are always float32
 compile = False # torch.compile the training forward
 # problems
 min_numbers = 3 # countdown: how many numbers at least
@@ -135,6 +135,7 @@ class Run:
     seconds: float = 0.0 # time spent in all sessions of this run
     warmup_accuracy: float = 0.0
     bad_steps: int = 0 # steps in a row whose gradient was not finite
+    loss_scale: float = 1.0 # in float16 the loss is multiplied by this, or small gradients would vanish
     recent: list = dataclasses.field(default_factory=list) # when the last steps ended, for the time left
     rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for the hints
     hints: list = dataclasses.field(default_factory=list) # that were given
@@ -218,7 +219,7 @@ def warm_up_step(run):
     for rows in micro_batches(mask):
         logprobs, _ = token_logprobs(run.model, *trim(tokens[rows], mask[rows]))
         loss = -logprobs.sum() / total_tokens
-        (loss * world_size).backward() # FSDP averages gradients over the ranks
+        (loss * world_size * run.loss_scale).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
     optimizer_step(run)
     run.step += 1
@@ -245,7 +246,7 @@ def estimate_values(run):
     for _ in range(100):
         with autocast():
             _, values = run.model(tokens, at=torch.zeros_like(tokens, dtype=torch.bool))
-        value_loss(values.gather(1, ends).squeeze(1), local_rewards, beta1).backward()
+        (value_loss(values.gather(1, ends).squeeze(1), local_rewards, beta1) * run.loss_scale).backward()
         optimizer_step(run)
 
 
@@ -327,7 +328,7 @@ def update(run, batch, stored_values, seconds):
         else:
             loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
             loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
-        loss.backward()
+        (loss * run.loss_scale).backward()
     scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     grad_norm = optimizer_step(run)
     run.step += 1
@@ -485,7 +486,7 @@ def build(checkpoint):
     elif tokenizer.whole_numbers:
         embed_numbers(model, tokenizer)
     model.recompute = activation_checkpointing
-    run = Run(the_task, tokenizer, model, sampler=model)
+    run = Run(the_task, tokenizer, model, sampler=model, loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
     # Sampling needs whole weights in the precision that computes; on one rank in float32 the policy's own are that.
     if world_size > 1 or dtype != 'float32' or compile:
         run.sampler = frozen_copy(model)
@@ -586,16 +587,23 @@ def scale_learning_rates(run, factor):
 
 
 def optimizer_step(run):
-    """Clip, step, clear; returns the gradient's norm before clipping. A gradient that is not finite changes nothing."""
+    """Clip, step, clear; returns the gradient's norm before clipping. A gradient that is not finite changes nothing. In
+    float16 such a one says that the loss was scaled by too much: A*PO's gradients are small, for beta2 is, so the scale
+    starts large, is halved when they do not fit, and grows again slowly."""
+    for p in run.model.parameters() if dtype == 'float16' else ():
+        if p.grad is not None:
+            p.grad /= run.loss_scale
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
     norm = (norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item()
     run.bad_steps = 0 if math.isfinite(norm) else run.bad_steps + 1
     if run.bad_steps == 0:
         for optimizer in run.optimizers:
             optimizer.step()
-    elif run.bad_steps == 5:
-        fail(f"the gradient was not finite in 5 steps in a row, up to step {run.step}: lower --learning_rate; "
-             f"the last checkpoint in {out_dir} is good")
+    elif run.bad_steps == (25 if dtype == 'float16' else 5):
+        fail(f"the gradient was not finite in {run.bad_steps} steps in a row, up to step {run.step}: lower "
+             f"--learning_rate; the last checkpoint in {out_dir} is good")
+    if dtype == 'float16':
+        run.loss_scale *= 0.5 if run.bad_steps else 1.002
     run.model.zero_grad()
     if run.sampler is not run.model:
         copy_weights(run.model, run.sampler)
@@ -737,14 +745,15 @@ def choose_device():
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if dtype == 'auto':
-        dtype = 'bfloat16' if device.startswith('cuda') else 'float32'
+        dtype = 'float32' if not device.startswith('cuda') else \
+            'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16' # Colab's T4
     if world_size > 1 and not dist.is_initialized():
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
 
 
 def check_settings():
     """One line for every combination of settings that cannot work."""
-    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16'))
+    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'))
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
@@ -842,8 +851,8 @@ def save_checkpoint(run, final=False):
     if not final:
         checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()) for optimizer in run.optimizers],
                            reference=run.reference and run.reference.state_dict(), values=run.values,
-                           base=None if run.base is run.reference else run.base.state_dict(),
-                           seconds=run.seconds, warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps)
+                           base=None if run.base is run.reference else run.base.state_dict(), seconds=run.seconds,
+                           warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps, loss_scale=run.loss_scale)
     if rank:
         return
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
@@ -876,7 +885,7 @@ def load_run(path, **changes):
 
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
-    for name in ('step', 'seconds', 'warmup_accuracy', 'bad_steps'):
+    for name in ('step', 'seconds', 'warmup_accuracy', 'bad_steps', 'loss_scale'):
         setattr(run, name, checkpoint[name])
     run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device)
     if checkpoint['reference']:
