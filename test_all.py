@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import time
+import types
 from fractions import Fraction
 
 import numpy as np
@@ -683,6 +684,19 @@ def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_
             train.update(run, same, torch.ones(len(problems)), dict(seconds))
         off = gradients[train.dtype] - gradients['float32']
         assert off.norm() < 0.05 * gradients['float32'].norm(), train.dtype
+
+
+def test_metrics_also_go_to_a_tracker_and_a_missing_one_is_named(settings, tmp_path, monkeypatch):
+    logged, arguments = [], [*TINY, '--warmup_steps=2', '--max_steps=-1', '--num_eval_samples=8']
+    tracker = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
+    fake = types.SimpleNamespace(init=lambda **options: options['config']['warmup_steps'] == 2 and tracker)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    main(settings, *arguments, '--tracker=wandb', f'--out_dir={tmp_path}/run')
+    assert [step for step, _ in logged] == [1, 2, 2] and 'warm-up/loss' in logged[0][1]
+    assert logged[-1][1]['evaluation/count'] == 3
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(SystemExit, match='--tracker=wandb needs a package that is not installed: pip install wandb'):
+        main(settings, *arguments, '--tracker=wandb', f'--out_dir={tmp_path}/without')
 
 
 def test_activation_checkpointing_changes_no_gradient(settings):

@@ -85,6 +85,7 @@ num_eval_samples = 2000 # held-out problems of the final evaluation; those on th
 eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
+tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 activation_checkpointing = False # compute each block twice in an update, to keep less in memory
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
@@ -753,7 +754,8 @@ def choose_device():
 
 def check_settings():
     """One line for every combination of settings that cannot work."""
-    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'))
+    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'),
+                   tracker=('none', 'wandb', 'tensorboard'))
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
@@ -973,10 +975,30 @@ def hint(run, metrics):
 
 
 def append(name, row):
-    """One JSON line to a file in out_dir, by rank 0."""
+    """One JSON line to a file in out_dir, and its numbers to the tracker if there is one, by rank 0."""
     if rank == 0:
         with open(os.path.join(out_dir, name), 'a') as file:
             file.write(json.dumps(row) + '\n')
+        if tracker != 'none' and 'phase' in row:
+            track({f"{row['phase']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, row['step'])
+
+
+def track(numbers, step):
+    """Hand the numbers of a step to wandb or to TensorBoard."""
+    with one_line(f'--tracker={tracker}'):
+        log = open_tracker(tracker, out_dir)
+    log(numbers, step)
+
+
+@functools.lru_cache(maxsize=1)
+def open_tracker(kind, folder):
+    """A function of (numbers, step)."""
+    if kind == 'wandb':
+        import wandb
+        return wandb.init(project='tinyzero-astarpo', name=folder, config={k: globals()[k] for k in SETTINGS}).log
+    from torch.utils.tensorboard import SummaryWriter
+    writer = SummaryWriter(folder)
+    return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
 
 
 def finish(run):
