@@ -7,12 +7,17 @@ canonical(problem), is_test(problem) and difficulty(problem). This file knows st
 The verifier is the ground truth of everything in this repo. It never executes what the model wrote: it has a tokenizer
 and a parser of its own, exact rational arithmetic, and refuses answers of more than 256 characters unread.
 """
+import copy
+import difflib
 import functools
 import hashlib
 import itertools
 import json
 import math
+import random
 import re
+import signal
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -135,6 +140,7 @@ def extract_answer(response):
 class Task:
     """What the tasks share: the split."""
     form = '' # where the question is asked in words, what stands around it
+    longest_prompt = 256 # tokens, then
 
     def canonical(self, problem):
         """Equal for the same puzzle written differently; a problem that is a text is that already."""
@@ -589,4 +595,100 @@ class Grid(Task):
         return Grade(float(correct), correct, True)
 
 
+# --------------------------------------------------------------------------------------------------------------------
+# The tasks of the reasoning-gym package
+
+class ReasoningGym(Task):
+    """
+    A task of the reasoning-gym package by its name there, for pretrained models only: it has no demonstrations. A
+    problem is an entry of the package, {'question', 'answer', 'metadata'}.
+
+    Some of the package's scorers evaluate an answer as code, and some take for ever over a few characters (1e99999999
+    as a fraction). So a scorer is watched: Python announces to an audit hook that it compiles or runs code, opens a
+    file or starts a process, before it does, whoever asks for it, and the hook forbids all of that; a timer of one
+    second of computing ends the rest. A task whose scorer must be stopped at its own answer or at nonsense is refused.
+    """
+    tokens = None # of no vocabulary of ours
+    longest_prompt = 4096
+    nonsense = '...', 'nan' # the example in the prompt, and what slips through comparisons
+    scoring = stopped = False # for all objects, as there is one hook: a scorer is at work; it was stopped
+
+    def __init__(self, name, partial_credit=0.0):
+        from reasoning_gym.factory import DATASETS, create_dataset
+        if name not in DATASETS:
+            close = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0)[0]
+            raise ValueError(f"the reasoning-gym package has no task {name!r}; did you mean reasoning_gym:{close}?")
+        self.name, self.partial_credit = name, partial_credit
+        self.dataset = functools.partial(create_dataset, name, size=1)
+        self.scorer = self.dataset(seed=0)
+        watch_scorers()
+
+    def problem(self, rng):
+        """One that can be solved here, and whose scorer tells its own answer from nonsense."""
+        for _ in range(100):
+            seed = int(rng.integers(2 ** 31))
+            random.seed(seed) # some draw from this besides the seed that they are given
+            entry = self.dataset(seed=seed)[0]
+            ReasoningGym.stopped = False
+            verdicts = [self.grade(entry, f'{END_THINK}{ANSWER}{answer}{END_ANSWER}').correct
+                        for answer in (entry['answer'], *self.nonsense)]
+            if ReasoningGym.stopped:
+                raise ValueError(f"reasoning_gym:{self.name} is refused: its scorer runs text as code, or takes long")
+            short = len(entry['question'].encode()) <= self.longest_prompt - 600 # there are no more tokens than bytes
+            if short and verdicts == [True, False, False]:
+                return entry
+        raise ValueError(f"reasoning_gym:{self.name} is refused: its scorer does not tell its own answers from "
+                         "nonsense, or these or the questions are too long")
+
+    def prompt(self, problem):
+        return self.ask('', problem['question'], 'the answer', '...')
+
+    def parse(self, text):
+        raise ValueError("the problems of reasoning-gym cannot be typed: sample.py without --prompt draws some")
+
+    def canonical(self, problem):
+        return problem['question']
+
+    def difficulty(self, problem):
+        return self.name
+
+    def grade(self, problem, response):
+        """Right is what the package's scorer gives 1, and 0 where it raises or is stopped. What is between is paid by
+        partial_credit only, for some scorers give a little to any text."""
+        answer = (extract_answer(response) or '').strip()
+        if not answer:
+            return WRONG
+        entry = copy.deepcopy(problem) # one scorer writes into it
+        signal.setitimer(signal.ITIMER_VIRTUAL, 1, 1)
+        try:
+            ReasoningGym.scoring = True
+            score = float(self.scorer.score_answer(answer, entry))
+        except Exception: # whatever a text may make a scorer raise
+            score = 0.0
+        finally:
+            ReasoningGym.scoring = False
+            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
+        near = self.partial_credit * score if 0 < score < 1 else 0.0 # some can err to above 1
+        return Grade(1.0 if score == 1 else near, score == 1, True)
+
+
+@functools.cache # once in a process: Python never lets go of an audit hook
+def watch_scorers():
+    def stop(*event): # of the hook, or the signal of the timer
+        if ReasoningGym.scoring:
+            ReasoningGym.stopped = True
+            raise RuntimeError("this scorer is stopped")
+    sys.addaudithook(stop)
+    signal.signal(signal.SIGVTALRM, stop)
+
+
 TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain, equation=Equation, grid=Grid)
+
+
+def find_task(name):
+    """The class of a task. Raises ValueError when there is none of that name."""
+    if name.startswith('reasoning_gym:'):
+        return functools.partial(ReasoningGym, name.partition(':')[2])
+    if name not in TASKS:
+        raise ValueError(f"there are: {', '.join(TASKS)}, reasoning_gym:NAME")
+    return TASKS[name]

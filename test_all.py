@@ -25,8 +25,9 @@ import train
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
 from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, read_config, sample,
                    save_pretrained)
-from tasks import (END_THINK, EOS, FORMS, TASKS, Countdown, CountdownProblem, Multiplication, MultiplicationProblem,
-                   PretrainedTokenizer, Tokenizer, evaluate, reachable, tokenizer_files)
+from tasks import (END_THINK, EOS, FORMS, TASKS, WRONG, Countdown, CountdownProblem, Multiplication,
+                   MultiplicationProblem, PretrainedTokenizer, ReasoningGym, Tokenizer, evaluate, reachable,
+                   tokenizer_files)
 
 train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -1141,3 +1142,134 @@ def test_what_pretrained_weights_cannot_do_is_said_in_one_line(settings, tmp_pat
             damage(tmp_path / 'model' / name)
             with pytest.raises(SystemExit, match=f'cannot use {tmp_path}/model: [^\n]*$'):
                 main(settings, f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/{name}', '--max_new_tokens=64')
+
+
+# ---- the tasks of reasoning-gym --------------------------------------------------------------------------------------
+
+def make_gym(name, **changes):
+    """A task of reasoning-gym; skips the test where that is missing."""
+    pytest.importorskip('reasoning_gym', reason="needs pip install reasoning-gym")
+    return ReasoningGym(name, **changes)
+
+
+def answered(answer):
+    return f'{END_THINK}<answer> {answer} </answer>'
+
+
+@pytest.mark.parametrize('name', ['ab', 'acre', 'basic_arithmetic', 'chain_sum', 'gcd', 'jugs', 'kakurasu',
+                                  'list_functions', 'maze', 'mini_sudoku', 'syllogism', 'word_sorting'])
+def test_problems_of_reasoning_gym_are_fixed_split_and_graded_by_it(name):
+    task, again = make_gym(name), make_gym(name)
+    task.form = FORMS['chat']
+    draws = [train.draw(kind, train.TRAIN, 0, 30) for kind in (task, again)]
+    problems, held_out = [problem for problem, _ in draws[0]], train.held_out_problems(task, 10)
+    assert problems == [problem for problem, _ in draws[1]]
+    assert not {p['question'] for p in problems} & {p['question'] for p in held_out} and len(held_out) == 10
+    for problem in problems + held_out:
+        assert problem['question'] in task.prompt(problem) and task.prompt(problem).endswith('<think>')
+        assert task.grade(problem, answered(problem['answer'])) == (1, True, True)
+        assert task.grade(problem, f"<answer>{problem['answer']}</answer>") == WRONG, "the format is ours"
+        for nonsense in ('...', '?', '9' * 250, '[' * 250, '{}', 'null', 'NaN', '-inf', '1e999', 'x' * 257, ' '):
+            grade = task.grade(problem, answered(nonsense))
+            assert grade.reward == 0 and not grade.correct, nonsense
+
+
+def test_right_is_what_reasoning_gym_says_even_where_it_errs():
+    """The README tells of this one; when the package mends it, so should the README."""
+    task, rng = make_gym('coin_flip'), np.random.default_rng(0)
+    problem = next(p for p in iter(lambda: task.problem(rng), None) if p['answer'] == '0.5')
+    assert task.grade(problem, answered('0.59')).correct and not task.grade(problem, answered('0.6')).correct
+
+
+def test_partial_scores_of_reasoning_gym_are_paid_when_asked_for():
+    for share in (0.0, 0.5):
+        task = make_gym('emoji_mystery', partial_credit=share)
+        problem = task.problem(np.random.default_rng(0))
+        wrong = problem['answer'][:-1] + '~'
+        assert task.grade(problem, answered(wrong)) == (share * (len(wrong) - 1) / len(wrong), False, True)
+
+
+@pytest.mark.parametrize('name', ['binary_matrix', 'bitwise_arithmetic', 'countdown', 'n_queens',
+                                  'polynomial_multiplication', 'puzzle24', 'simple_integration', 'spiral_matrix'])
+def test_scorers_of_reasoning_gym_that_run_answers_as_code_are_refused(name, tmp_path):
+    """And nothing runs, should one of them be asked after all."""
+    task = make_gym(name)
+    with pytest.raises(ValueError, match=f'reasoning_gym:{name} is refused: its scorer runs text as code'):
+        task.problem(np.random.default_rng(0))
+    attack = f"__import__('os').mkdir('{tmp_path}/hacked')"
+    assert not task.grade(task.dataset(seed=0)[0], answered(attack)).correct
+    assert os.listdir(tmp_path) == []
+
+
+def test_scorers_of_reasoning_gym_are_bounded(tmp_path):
+    """In time and in what they may touch. A score that is none, or above 1, is 0 too, and an entry is never written."""
+    task = make_gym('gcd')
+    problem = task.problem(np.random.default_rng(0))
+    def touch(answer, entry):
+        open(tmp_path / 'hacked', 'w')
+    def hide(answer, entry):
+        try:
+            touch(answer, entry)
+        except: # as some scorers do
+            return 0.5
+    bad = [touch, hide, lambda *_: eval('1'), lambda *_: exec('1'), lambda *_: compile('1', '', 'eval'),
+           lambda *_: os.system('true'), lambda *_: subprocess.run('true'), lambda *_: float('nan'), lambda *_: 1.5,
+           lambda *_: -1, lambda *_: None, lambda *_: 1 / 0, lambda *_: Fraction('1e99999999'),
+           lambda answer, entry: entry.clear()]
+    own = task.scorer.score_answer
+    for scorer in bad:
+        task.scorer.score_answer, started = scorer, time.process_time()
+        assert task.grade(problem, answered('1')) == (0, False, True)
+        assert time.process_time() - started < 3
+    task.scorer.score_answer = own
+    assert task.grade(problem, answered(problem['answer'])).correct and os.listdir(tmp_path) == []
+    assert eval('1') == 1, "the watch is over"
+
+
+@pytest.mark.parametrize('name, words', [
+    ('chain_sun', "no task 'chain_sun'; did you mean reasoning_gym:chain_sum?"), ('chain_sum', "no demonstrations"),
+    ('', "no task ''"), ('composite', "Must specify at least one dataset")])
+def test_a_mistake_with_reasoning_gym_gets_one_line(settings, tmp_path, name, words):
+    make_gym('chain_sum')
+    with pytest.raises(SystemExit) as error:
+        main(settings, f'--task=reasoning_gym:{name}', f'--out_dir={tmp_path}/new')
+    assert words in error.value.code and '\n' not in error.value.code
+
+
+def test_a_missing_reasoning_gym_gets_one_line(settings, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, 'reasoning_gym.factory', None)
+    with pytest.raises(SystemExit, match='error: --task=reasoning_gym:chain_sum .*: pip install reasoning_gym'):
+        main(settings, '--task=reasoning_gym:chain_sum', f'--out_dir={tmp_path}/new')
+
+
+def test_a_pretrained_model_is_trained_on_a_task_of_reasoning_gym(settings, tmp_path, monkeypatch, capsys):
+    """Two steps (GRPO, which does not mind that random weights earn nothing), and sample.py from the checkpoint. Tasks
+    that are refused, and a warm-up, end in one line."""
+    make_gym('chain_sum')
+    make_pretrained(tmp_path / 'model')
+    make_tokenizer(tmp_path / 'model')
+    config = json.load(open(tmp_path / 'model/config.json'))
+    json.dump(config | dict(max_position_embeddings=8192), open(tmp_path / 'model/config.json', 'w'))
+    monkeypatch.chdir(tmp_path)
+    start = [f'--init_from={tmp_path}/model', '--algorithm=grpo', '--batch_size=8', '--max_steps=2',
+             '--num_eval_samples=4', '--max_new_tokens=8', '--device=cpu']
+    main(settings, *start, '--task=reasoning_gym:chain_sum')
+    out = tmp_path / 'out' / 'reasoning_gym_chain_sum'
+    assert [row['step'] for row in metrics(out) if row['phase'] == 'grpo'] == [1, 2]
+    assert json.load(open(out / 'results_summary.json'))['accuracy_by_difficulty'] == {'chain_sum': 0}
+    settings()
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--num_problems=2'])
+    sample_py = importlib.import_module('sample')
+    sample_py.main() # the newest run under out/
+    assert '2 problem(s) x 1 response(s): accuracy 0.000' in capsys.readouterr().out
+    settings()
+    monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--prompt=1 + 2'])
+    with pytest.raises(SystemExit, match='cannot be typed'):
+        sample_py.main()
+    for wrong, words in ((['--task=reasoning_gym:countdown'], 'runs text as code'),
+                         (['--task=reasoning_gym:game_of_life_halting'], 'its own answers from nonsense'),
+                         (['--task=reasoning_gym:complex_arithmetic'], 'its own answers from nonsense'),
+                         (['--task=reasoning_gym:gcd', '--warmup_steps=3'], 'has no demonstrations')):
+        with pytest.raises(SystemExit) as error:
+            main(settings, *start, *wrong, f'--out_dir={tmp_path}/wrong')
+        assert words in error.value.code and '\n' not in error.value.code

@@ -35,10 +35,10 @@ from torch.distributed.tensor import distribute_tensor
 
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
 from model import SIZES, ModelConfig, Transformer, generate, load_pretrained, read_config
-from tasks import EOS, TASKS, WRONG, PretrainedTokenizer, Tokenizer, tokenizer_files
+from tasks import EOS, WRONG, PretrainedTokenizer, Tokenizer, find_task, tokenizer_files
 
 # ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine ---------------
-task = 'countdown' # countdown | multiplication | chain | equation | grid
+task = 'countdown' # countdown | multiplication | chain | equation | grid | reasoning_gym:NAME
 out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
 seed = 1337 # problems, weights and sampling noise all follow from it
@@ -51,7 +51,7 @@ max_numbers = 4 # countdown: how many at most
 max_number = 20 # countdown: numbers are drawn from 1 to this
 max_target = 100 # countdown: targets are drawn from 1 to this, among those that can be reached
 max_factor = 99 # multiplication: factors are drawn from 1 to this
-partial_credit = 0.0 # countdown: reward of an answer that is nearly right, below 1; it shrinks with the distance
+partial_credit = 0.0 # countdown, reasoning_gym: the most that a nearly right answer earns, below 1
 # model
 d_model = 0 # width of the residual stream
 n_layers = 0 # blocks
@@ -456,9 +456,12 @@ def held_out_problems(task, count):
 
 def build(checkpoint):
     """The Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's state when resuming."""
-    the_task = TASKS[task](**{name: globals()[name] for name in task_settings()})
+    the_task = make_task()
     tokenizer = checkpoint['tokenizer'] if checkpoint else the_task.tokens
     pretrained = isinstance(tokenizer, dict)
+    if not hasattr(the_task, 'demonstration') and (warmup_steps or not pretrained):
+        fail(f"--task={task} has no demonstrations to imitate: start from pretrained weights by --init_from, "
+             "without --warmup_steps")
     with one_line(init_from):
         tokenizer = (PretrainedTokenizer if pretrained else Tokenizer)(tokenizer)
     the_task.form = tokenizer.form
@@ -471,7 +474,7 @@ def build(checkpoint):
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
         if not pretrained:
             config.max_seq_len = max(config.max_seq_len, 32 + max_new_tokens) # prompts are shorter than 32 tokens
-        elif config.max_seq_len < 256 + max_new_tokens: # prompts in words are shorter than 256
+        elif config.max_seq_len < the_task.longest_prompt + max_new_tokens:
             raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                              "positions of this model")
         model = Transformer(config).to(device)
@@ -649,9 +652,8 @@ def configure(argv):
     globals().update(given)
     global rank, world_size, out_dir, device, dtype
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
-    if task not in TASKS:
-        fail(f"unknown task {task!r}; there are: {', '.join(TASKS)}")
-    out_dir = out_dir or os.path.join('out', task)
+    make_task() # a name that is wrong is said before anything is downloaded
+    out_dir = out_dir or os.path.join('out', task.replace(':', '_')) # Windows allows no colon
     there = checkpoints(out_dir)
     checkpoint = None
     if init_from == 'resume':
@@ -694,7 +696,13 @@ def configure(argv):
 
 def task_settings():
     """The settings that say how difficult the task is: those that its class takes."""
-    return [name for name in inspect.signature(TASKS[task]).parameters if name in SETTINGS]
+    return [name for name in inspect.signature(find_task(task)).parameters if name in SETTINGS]
+
+
+def make_task():
+    """The task, with its settings. One line and exit when there is none of that name, or its package is missing."""
+    with one_line(f'--task={task}'):
+        return find_task(task)(**{name: globals()[name] for name in task_settings()})
 
 
 def parse_arguments(argv):
@@ -833,8 +841,8 @@ def open_pretrained(name):
 
 @contextlib.contextmanager
 def one_line(name):
-    """Whatever goes wrong in here with pretrained weights becomes one line; the libraries' exceptions have no common
-    class, and a damaged file raises any of them."""
+    """Whatever goes wrong in here with pretrained weights or a package becomes one line; the libraries' exceptions have
+    no common class, and a damaged file raises any of them."""
     try:
         yield
     except ModuleNotFoundError as error:
