@@ -417,7 +417,7 @@ def evaluate(run, problems, at_temperature, repeat=1):
 
 def log_evaluation(run, when, share=1):
     """Evaluate every `share`-th of the held-out problems at eval_temperature, print the result, record it with eight of
-    the responses; returns the summary."""
+    the responses, draw the curves; returns the summary."""
     if sys.stdout.isatty():
         print0(f'evaluating {when} on held-out problems ...', end='\r')
     result, rows = evaluate(run, held_out_problems(run.task, num_eval_samples)[::share], eval_temperature)
@@ -429,6 +429,12 @@ def log_evaluation(run, when, share=1):
     append('metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 1), phase='evaluation', **result))
     for row in rows[:8]:
         append('samples.jsonl', dict(step=run.step, **row))
+    if rank == 0:
+        from sample import plot_runs
+        try:
+            plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
+        except SystemExit as missing:
+            print0(f"no curves.png: {missing}")
     return result
 
 
@@ -1010,7 +1016,7 @@ def open_tracker(kind, folder):
 
 
 def finish(run):
-    """The final evaluation, model, summary and curves."""
+    """The final evaluation, model and summary."""
     result = log_evaluation(run, 'at the end')
     if not max_steps:
         run.warmup_accuracy = result['accuracy']
@@ -1032,11 +1038,6 @@ def finish(run):
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
-    from sample import plot_runs
-    try:
-        plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
-    except SystemExit as missing:
-        print0(f"no curves.png: {missing}")
     print0(f"{run.seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py")
 
