@@ -10,6 +10,7 @@ import random
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -758,6 +759,25 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
                 assert abs(a - b) < 1e-4 + 3e-3 * abs(a), (one, more, row['step'], name)
 
 
+def test_two_nodes_take_the_steps_of_one(tmp_path):
+    """Two launchers that meet on this machine, as the README says for several nodes."""
+    with socket.socket() as free:
+        free.bind(('127.0.0.1', 0))
+        port = free.getsockname()[1]
+    arguments = [*TINY, '--warmup_steps=5', '--max_steps=-1', '--num_eval_samples=8', '--device=cpu']
+    launch = [sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+              '--master_addr=127.0.0.1', f'--master_port={port}']
+    nodes = [subprocess.Popen([*launch, f'--node_rank={i}', 'train.py', *arguments, f'--out_dir={tmp_path}/two'],
+                              cwd=HERE, env={**os.environ, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE,
+                              stderr=subprocess.PIPE, text=True) for i in range(2)]
+    said = [node.communicate(timeout=300) for node in nodes]
+    assert [node.returncode for node in nodes] == [0, 0], said
+    assert 'warm-up 5/5' in said[0][0] and said[1][0] == '', "rank 0 alone speaks"
+    assert run('train.py', *arguments, f'--out_dir={tmp_path}/one').returncode == 0
+    one, two = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in ('one', 'two'))
+    assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)
+
+
 def test_a_second_run_does_not_overwrite_the_first(settings, trained):
     out, arguments = trained
     with pytest.raises(SystemExit, match='already holds a run.*resume'):
@@ -779,6 +799,9 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
                         weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
         except SystemExit as error:
             assert 'bad.pt' in error.code and '\n' not in error.code
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='cannot read .*bad.pt: not yours'):
+        patch.setattr(train.zipfile, 'ZipFile', lambda path: (_ for _ in ()).throw(PermissionError(13, 'not yours')))
+        train.load_checkpoint(str(tmp_path / 'bad.pt'))
     torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
     with pytest.raises(SystemExit, match='not a checkpoint of this program'):
         main(settings, f'--init_from={tmp_path}/foreign.pt', f'--out_dir={tmp_path}/new')

@@ -813,6 +813,8 @@ def load_checkpoint(path):
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             damaged = archive.testzip()
         checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+    except PermissionError as error:
+        fail(f"cannot read {path}: {error.strerror}")
     except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
         fail(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): use another one")
     if damaged:
