@@ -58,7 +58,7 @@ def run(task, seed, settings, auto, extra):
     process = subprocess.Popen([
         sys.executable, os.path.abspath(__file__) if '--rejection' in settings else os.path.join(top, 'train.py'),
         f'--task={task}', f'--init_from={top}/assets/{task}_base.pt', f'--out_dir={folder}', f'--seed={seed}',
-        f'--max_steps={auto["max_steps"] + more}', *settings, *extra])
+        *settings, *extra, f'--max_steps={auto["max_steps"] + more}'])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f'train.py stopped, see above: {folder}')
