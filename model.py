@@ -205,7 +205,7 @@ class Transformer(nn.Module):
             cache.length += T
         x = self.norm(x)
         # The value head learns from what the policy knows but does not change it: no gradient flows into the trunk.
-        values = self.value_head(x.detach()).float().sum(-1) # (B, T); squeezed it were a view, of which FSDP warns
+        values = self.value_head(x.detach()).float().sum(-1) # (B, T); a squeeze is a view, which FSDP dislikes
         logits = self.lm_head(x if at is None else x[at])
         return logits, values
 
