@@ -645,6 +645,14 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
 
 
+def test_without_matplotlib_a_run_says_once_what_is_missing(settings, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    main(settings, *TINY, '--warmup_steps=100', '--eval_interval=1', '--max_steps=-1', f'--out_dir={tmp_path}/run')
+    said = capsys.readouterr().out
+    assert said.count('pip install matplotlib') == 1 and 'held-out at step 50' in said
+    assert not os.path.exists(tmp_path / 'run' / 'curves.png')
+
+
 def test_a_gradient_that_is_not_finite_changes_nothing_and_five_end_the_run(settings, tmp_path):
     train.configure([*TINY, f'--out_dir={tmp_path}'])
     for train.dtype, patience in (('float32', 5), ('float16', 25)):

@@ -434,7 +434,8 @@ def log_evaluation(run, when, share=1):
         try:
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
         except SystemExit as missing:
-            print0(f"no curves.png: {missing}")
+            if when == 'at the end':
+                print0(f"no curves.png: {missing}")
     return result
 
 
