@@ -226,5 +226,7 @@ if __name__ == '__main__':
         main()
     except (EOFError, KeyboardInterrupt): # how people leave a prompt
         print()
+    except BrokenPipeError: # whoever read this, like head, has read enough
+        os._exit(0)
     except OSError as error:
         train.fail(f'{error.filename}: {error.strerror}')
