@@ -213,10 +213,10 @@ def plot_runs(folders, path):
     for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
                                        'KL to the reference',
                                        f'seconds per step ({names[0]})')):
-        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})')
+        axis.set(title=title, xlabel='minutes' if axis is axes[1, 1] else f'minutes (shaded: warm-up of {names[0]})')
         axis.grid(alpha=0.3)
         axis.legend(frameon=False)
-    axes[0, 0].set_ylim(0, 1)
+    axes[0, 0].set_ylim(0, 1.02) # or dots at 1 are cut in half
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

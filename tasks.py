@@ -454,7 +454,7 @@ class Chain(Task):
     def parse(self, text):
         text = text.replace(' ', '').strip()
         if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text) or self.value(text) < 0:
-            raise ValueError(f"{text[:80]!r} is no chain of numbers with a value above 0; write it like '7+12-5'")
+            raise ValueError(f"{text[:80]!r} is no chain of numbers with a value of 0 or above; write it like '7+12-5'")
         return text
 
     def difficulty(self, problem):
@@ -690,5 +690,5 @@ def find_task(name):
     if name.startswith('reasoning_gym:'):
         return functools.partial(ReasoningGym, name.partition(':')[2])
     if name not in TASKS:
-        raise ValueError(f"there are: {', '.join(TASKS)}, reasoning_gym:NAME")
+        raise ValueError(f"no such task; there are: {', '.join(TASKS)}, reasoning_gym:NAME")
     return TASKS[name]

@@ -109,9 +109,9 @@ AUTO = {
     ('grid', 'cpu'): dict(warmup_steps=2000, warmup_batch_size=32, max_steps=120, max_new_tokens=192),
     # Over all of these, and over defaults that are not open: TinyZero's puzzles, small steps, pieces that leave room
     # for 150,000 logits a token.
-    'pretrained': dict(warmup_steps=-1, max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4,
-                       max_new_tokens=1024, max_number=99, num_train_samples=512, eval_interval=25,
-                       micro_batch_tokens=4096, rollout_rows=256),
+    'pretrained': dict(max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, max_new_tokens=1024,
+                       max_number=99, num_train_samples=512, eval_interval=25, micro_batch_tokens=4096,
+                       rollout_rows=256),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
 PARTS = ('rollout', 'reference', 'update', 'grading') # of a step of A*PO, timed
@@ -681,10 +681,9 @@ def configure(argv):
             globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    sizes = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
-    pretrained = AUTO['pretrained'] | sizes if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
-    auto = AUTO[kind] | AUTO.get((task, kind), {}) | (
-        pretrained or (sizes | dict(warmup_steps=-1) if checkpoint else {}))
+    found = dict({size: checkpoint['config'][size] for size in SIZES['small']}, warmup_steps=-1) if checkpoint else {}
+    pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
+    auto = AUTO[kind] | AUTO.get((task, kind), {}) | found | pretrained
     chosen = {} if init_from == 'resume' else { # all was settled then
         k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
     globals().update(chosen)
@@ -997,25 +996,20 @@ def append(name, row):
         with open(os.path.join(out_dir, name), 'a') as file:
             file.write(json.dumps(row) + '\n')
         if tracker != 'none' and 'phase' in row:
-            track({f"{row['phase']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}, row['step'])
+            numbers = {f"{row['phase']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+            open_tracker(out_dir)(numbers, row['step'])
 
 
-def track(numbers, step):
-    """Hand the numbers of a step to wandb or to TensorBoard."""
+@functools.lru_cache(maxsize=1) # one for the run
+def open_tracker(folder):
+    """wandb or TensorBoard, as a function of the numbers and the step that they are of."""
     with one_line(f'--tracker={tracker}'):
-        log = open_tracker(tracker, out_dir)
-    log(numbers, step)
-
-
-@functools.lru_cache(maxsize=1)
-def open_tracker(kind, folder):
-    """A function of (numbers, step)."""
-    if kind == 'wandb':
-        import wandb
-        return wandb.init(project='tinyzero-astarpo', name=folder, config={k: globals()[k] for k in SETTINGS}).log
-    from torch.utils.tensorboard import SummaryWriter
-    writer = SummaryWriter(folder)
-    return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
+        if tracker == 'wandb':
+            import wandb
+            return wandb.init(project='tinyzero-astarpo', name=folder, config={k: globals()[k] for k in SETTINGS}).log
+        from torch.utils.tensorboard import SummaryWriter
+        writer = SummaryWriter(folder)
+        return lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
 
 
 def finish(run):
