@@ -8,6 +8,7 @@ position, which A*PO reads at the end of the prompt as its estimate of V*(x).
 One `forward` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
 This file knows integers only: no text, no tasks, no rewards.
 """
+import contextlib
 import json
 import math
 import os
@@ -162,12 +163,27 @@ class Transformer(nn.Module):
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.lm_head = nn.Linear(config.d_model, config.vocab_size, bias=False)
         self.value_head = nn.Linear(config.d_model, 1)
-        if config.tie_embeddings:
-            self.lm_head.weight = self.embed.weight
-        angles = torch.outer(torch.arange(config.max_seq_len), rotary_frequencies(config)) # (max_seq_len, head_dim / 2)
-        self.register_buffer('cos', torch.cat((angles.cos(), angles.cos()), dim=1), persistent=False)
-        self.register_buffer('sin', torch.cat((-angles.sin(), angles.sin()), dim=1), persistent=False)
+        self.tie_and_rotate()
         self.init_weights()
+
+    def tie_and_rotate(self, device=None):
+        """What is derived: output weights that are the embedding's, and the table of rotary positions."""
+        if self.config.tie_embeddings:
+            self.lm_head.weight = self.embed.weight
+        angles = torch.outer(torch.arange(self.config.max_seq_len), rotary_frequencies(self.config))
+        for name, table in ('cos', (angles.cos(), angles.cos())), ('sin', (-angles.sin(), angles.sin())):
+            table = torch.cat(table, dim=1).to(device=device) # (max_seq_len, head_dim)
+            self.register_buffer(name, table, persistent=False)
+
+    @classmethod
+    def without_memory(cls, config):
+        """A model of shapes only. It can be sharded and cast; `allocate` gives it memory, the weights are yet to come."""
+        with torch.device('meta'):
+            return cls(config)
+
+    def allocate(self, weights_on, device=None):
+        self.to_empty(device=weights_on)
+        self.tie_and_rotate(device or weights_on)
 
     def init_weights(self):
         for name, p in self.named_parameters():
@@ -301,49 +317,52 @@ def read_config(folder):
     return ModelConfig(**known, **ARCHITECTURES[theirs['model_type']])
 
 
-def places(model):
-    """Hugging Face's name of every tensor, with the view of our parameter that holds it: q, k, v and gate, up are rows
-    of one matrix here. The value head, which they do not have, is left out."""
+def counterparts(model):
+    """Pairs of each of our parameters and the tensors of Hugging Face that its rows are made of, {name: rows}: q, k, v
+    and gate, up are one matrix here. The value head, which they do not have, is left out."""
     config = model.config
-    found = {'model.embed_tokens.weight': model.embed.weight, 'model.norm.weight': model.norm.weight}
+    found = [(model.embed.weight, ['model.embed_tokens.weight']), (model.norm.weight, ['model.norm.weight'])]
     if not config.tie_embeddings:
-        found['lm_head.weight'] = model.lm_head.weight
-    rows = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)] # of q, k, v
+        found += [(model.lm_head.weight, ['lm_head.weight'])]
     for i, block in enumerate(model.blocks):
-        views = {'input_layernorm.weight': block.attn_norm.weight, 'self_attn.o_proj.weight': block.attn.wo.weight,
-                 'post_attention_layernorm.weight': block.mlp_norm.weight, 'mlp.down_proj.weight': block.w_down.weight}
-        views |= zip(('mlp.gate_proj.weight', 'mlp.up_proj.weight'), block.w_gate_up.weight.chunk(2))
-        for kind, p in block.attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
-            views |= zip((f'self_attn.{x}_proj.{kind}' for x in 'qkv'), p.split(rows))
+        attn = block.attn
+        pairs = [(block.attn_norm.weight, ['input_layernorm.weight']), (attn.wo.weight, ['self_attn.o_proj.weight']),
+                 (block.mlp_norm.weight, ['post_attention_layernorm.weight']),
+                 (block.w_gate_up.weight, ['mlp.gate_proj.weight', 'mlp.up_proj.weight']),
+                 (block.w_down.weight, ['mlp.down_proj.weight'])]
+        for kind, p in attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
+            pairs += [(p, [f'self_attn.{x}_proj.{kind}' for x in 'qkv'])]
         if config.qk_norm:
-            views |= {f'self_attn.{x}_norm.weight': getattr(block.attn, f'{x}_norm').weight for x in 'qk'}
-        found |= {f'model.layers.{i}.{name}': view for name, view in views.items()}
-    return found
+            pairs += [(attn.q_norm.weight, ['self_attn.q_norm.weight']), (attn.k_norm.weight, ['self_attn.k_norm.weight'])]
+        found += [(p, [f'model.layers.{i}.{name}' for name in names]) for p, names in pairs]
+    qkv = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
+    return [(p, dict(zip(names, qkv if len(names) == 3 else [p.size(0) // len(names)] * len(names))))
+            for p, names in found]
 
 
-@torch.no_grad()
 def load_pretrained(model, folder):
-    """Copy the weights in a folder into the model, one tensor at a time: no second copy is held in memory. Raises
-    ValueError, naming it, for a tensor that is unknown here, of another shape, or missing."""
+    """Read the weights in a folder: pairs of a parameter and its whole value, one after the other, so that no second
+    copy is held in memory. Raises ValueError, naming it, for a tensor that is unknown, of another shape, or missing."""
     from safetensors import safe_open
-    index, missing = os.path.join(folder, 'model.safetensors.index.json'), places(model)
-    shards = ['model.safetensors']
+    index, shards, where = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors'], {}
     if os.path.exists(index):
         with open(index) as file:
             shards = sorted(set(json.load(file)['weight_map'].values()))
-    ignored = ('rotary_emb.inv_freq',) + ('lm_head.weight',) * model.config.tie_embeddings # some files repeat these
-    for shard in shards:
-        with safe_open(os.path.join(folder, shard), 'pt') as file:
-            for name in file.keys():
-                if name.endswith(ignored):
-                    continue
-                place, shape = missing.pop(name, None), tuple(file.get_slice(name).get_shape())
-                if place is None or place.shape != shape:
-                    raise ValueError(f"{shard} has a tensor {name} {shape}, which " + (
-                        "this architecture has not" if place is None else f"should be {tuple(place.shape)}"))
-                place.copy_(file.get_tensor(name))
-    if missing:
-        raise ValueError(f"the tensor {next(iter(missing))} is missing ({len(missing)} in all)")
+    with contextlib.ExitStack() as stack:
+        for shard in shards:
+            file = stack.enter_context(safe_open(os.path.join(folder, shard), 'pt'))
+            where |= dict.fromkeys(file.keys(), file)
+        expected = {name: (rows, *p.shape[1:]) for p, parts in counterparts(model) for name, rows in parts.items()}
+        ignored = ('rotary_emb.inv_freq',) + ('lm_head.weight',) * model.config.tie_embeddings # some files repeat these
+        for name, file in where.items():
+            shape = tuple(file.get_slice(name).get_shape())
+            if shape != expected.get(name) and not name.endswith(ignored):
+                raise ValueError(f"there is a tensor {name} {shape}, which " + (
+                    f"should be {expected[name]}" if name in expected else "this architecture has not"))
+        if missing := expected.keys() - where.keys():
+            raise ValueError(f"the tensor {min(missing)} is missing ({len(missing)} in all)")
+        for p, parts in counterparts(model):
+            yield p, torch.cat([where[name].get_tensor(name) for name in parts])
 
 
 def save_pretrained(model, folder, eos):
@@ -361,5 +380,6 @@ def save_pretrained(model, folder, eos):
                    eos_token_id=eos, torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
     with open(os.path.join(folder, 'config.json'), 'w') as file:
         json.dump(theirs, file, indent=2)
-    weights = {name: view.detach().to('cpu', copy=True) for name, view in places(model).items()}
+    weights = {name: view.detach().to('cpu', copy=True) for p, parts in counterparts(model)
+               for name, view in zip(parts, p.split(list(parts.values())))}
     save_file(weights, os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))

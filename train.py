@@ -88,6 +88,7 @@ keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
 micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
 activation_checkpointing = False # compute each block twice in an update, to keep less in memory
+cpu_offload = False # keep master weights, optimizer state and, between uses, the copies of the policy on the CPU
 rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
@@ -143,8 +144,7 @@ class Run:
 
 
 def main():
-    checkpoint = configure(sys.argv[1:])
-    run = build(checkpoint)
+    run = build(configure(sys.argv[1:]))
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens in the vocabulary")
     started = time.time() - run.seconds
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -187,7 +187,7 @@ def main():
         checkpoint_if_due(run)
     run.seconds = time.time() - started
     finish(run)
-    if world_size > 1: # left to the end of Python, gloo's threads may abort the process
+    if dist.is_initialized(): # left to the end of Python, gloo's threads may abort the process
         dist.barrier()
         dist.destroy_process_group()
 
@@ -283,11 +283,12 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     problems = [p for p in problems for _ in range(repeat)]
     prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
     pieces = []
-    for first in range(0, len(prompts), rollout_rows):
-        key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
-        pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature,
-                               run.tokenizer.eos, generator, watch))
+    with on_device(run.sampler):
+        for first in range(0, len(prompts), rollout_rows):
+            key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
+            generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
+            pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature,
+                                   run.tokenizer.eos, generator, watch))
     width = max(tokens.size(1) for tokens, _ in pieces)
     tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
     mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
@@ -309,7 +310,7 @@ def update(run, batch, stored_values, seconds):
     pieces = [(rows, *trim(tokens[rows], mask[rows])) for rows in micro_batches(mask)]
     logprobs, ref_logprobs, base_logprobs, values = (torch.zeros_like(rewards) for _ in range(4))
     started = time.time()
-    with torch.no_grad():
+    with torch.no_grad(), on_device(run.reference), on_device(run.base):
         for rows, *piece in pieces:
             ref_logprobs[rows] = sequence_logprobs(token_logprobs(run.reference, *piece)[0], piece[1])
             base_logprobs[rows] = ref_logprobs[rows] if run.base is run.reference else sequence_logprobs(
@@ -475,7 +476,6 @@ def build(checkpoint):
     if not pretrained and tokenizer.tokens != the_task.tokens:
         fail(f"the checkpoint's vocabulary ({len(tokenizer.tokens)} tokens) does not fit --task={task} with these "
              f"settings ({len(the_task.tokens)} tokens): use the task and the number ranges it was trained with")
-    torch.manual_seed(seed)
     try:
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
@@ -484,29 +484,28 @@ def build(checkpoint):
         elif config.max_seq_len < the_task.longest_prompt + max_new_tokens:
             raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                              "positions of this model")
-        model = Transformer(config).to(device)
         for test in (False, True): # there must be problems of both splits
             the_task.draw(np.random.default_rng(0), test)
     except ValueError as error:
         fail(str(error))
-    if checkpoint and 'folder' in checkpoint:
-        with one_line(init_from):
-            load_pretrained(model, checkpoint['folder'])
-    elif checkpoint:
-        model.load_state_dict(checkpoint['model'])
-    elif tokenizer.whole_numbers:
-        embed_numbers(model, tokenizer)
+    # Sharded before it has memory and filled tensor by tensor, so that a large model is never whole where it trains.
+    model = Transformer.without_memory(config)
+    if world_size > 1 or cpu_offload:
+        from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy, fully_shard
+        options = dict(mesh=dist.init_device_mesh(torch.device(device).type, (world_size,)),
+                       offload_policy=CPUOffloadPolicy(device != 'cpu') if cpu_offload else OffloadPolicy())
+        for block in model.blocks:
+            fully_shard(block, **options)
+        fully_shard(model, **options)
+    model.allocate('cpu' if cpu_offload else device, device)
+    with torch.no_grad():
+        for p, whole in initial_weights(model, checkpoint, tokenizer):
+            p.copy_(shard(whole, p))
     model.recompute = activation_checkpointing
     run = Run(the_task, tokenizer, model, sampler=model, loss_scale=2.0 ** 16 if dtype == 'float16' else 1.0)
     # Sampling needs whole weights in the precision that computes; on one rank in float32 the policy's own are that.
-    if world_size > 1 or dtype != 'float32' or compile:
+    if world_size > 1 or cpu_offload or dtype != 'float32' or compile:
         run.sampler = frozen_copy(model)
-    if world_size > 1:
-        from torch.distributed.fsdp import fully_shard
-        mesh = dist.init_device_mesh(torch.device(device).type, (world_size,))
-        for block in model.blocks:
-            fully_shard(block, mesh=mesh)
-        fully_shard(model, mesh=mesh)
     if compile:
         model.compile(dynamic=True)
     run.optimizers = make_optimizers(model, warmup_learning_rate, warmup_muon_learning_rate)
@@ -515,22 +514,55 @@ def build(checkpoint):
     return run
 
 
+def initial_weights(model, checkpoint, tokenizer):
+    """Pairs of each parameter and its whole value: pretrained, of a checkpoint, or random."""
+    if checkpoint and 'folder' in checkpoint:
+        yield model.value_head.weight, torch.zeros(1, model.config.d_model)
+        yield model.value_head.bias, torch.zeros(1)
+        with one_line(init_from):
+            yield from load_pretrained(model, checkpoint['folder'])
+        return
+    if checkpoint:
+        weights = checkpoint['model']
+    else:
+        torch.manual_seed(seed)
+        fresh = Transformer(model.config)
+        if tokenizer.whole_numbers:
+            embed_numbers(fresh, tokenizer)
+        weights = fresh.state_dict()
+    for name, p in model.named_parameters():
+        yield p, weights[name]
+
+
 @torch.no_grad()
 def embed_numbers(model, tokenizer):
     """Tokens that are numbers start as sines and cosines of their value (after FoNE, arXiv 2502.09741). Adding then
     is turning, which the model learns in minutes; from random vectors it has to discover the order of the numbers
     first."""
-    ids = torch.tensor([i for i, token in enumerate(tokenizer.tokens) if token.isdigit()], device=device)
-    numbers = torch.tensor([float(t) for t in tokenizer.tokens if t.isdigit()], device=device)
-    angles = numbers[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400], device=device)
+    ids = torch.tensor([i for i, token in enumerate(tokenizer.tokens) if token.isdigit()])
+    numbers = torch.tensor([float(t) for t in tokenizer.tokens if t.isdigit()])
+    angles = numbers[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400])
     waves = torch.cat((angles.cos(), angles.sin()), dim=1) # (numbers, 20), each row of length sqrt(10)
-    directions = torch.randn(waves.size(1), model.config.d_model, device=device) / math.sqrt(10)
+    directions = torch.randn(waves.size(1), model.config.d_model) / math.sqrt(10)
     model.embed.weight[ids] = 0.02 * waves @ directions + 0.25 * model.embed.weight[ids]
+
+
+def shard(whole, p):
+    """A whole tensor as the parameter p is held: where the model is sharded, this rank's part of it."""
+    if not hasattr(p, 'device_mesh'):
+        return whole
+    return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
+
+
+def unshard(x):
+    """A tensor of the model or an optimizer as a whole, on the device; every rank must call it."""
+    return x.to(device).full_tensor() if hasattr(x, 'full_tensor') else x
 
 
 def frozen_copy(model):
     """A whole copy of the policy that never trains, in the precision that computes."""
-    whole = Transformer(model.config).to(device, getattr(torch, dtype)).requires_grad_(False)
+    whole = Transformer.without_memory(model.config).to(getattr(torch, dtype)).requires_grad_(False)
+    whole.allocate('cpu' if cpu_offload else device)
     copy_weights(model, whole)
     return whole
 
@@ -539,7 +571,17 @@ def frozen_copy(model):
 def copy_weights(model, whole):
     """Bring the weights of the policy, sharded or not, to a whole copy."""
     for source, target in zip(model.parameters(), whole.parameters()):
-        target.copy_(source.full_tensor() if hasattr(source, 'full_tensor') else source)
+        target.copy_(unshard(source))
+
+
+@contextlib.contextmanager
+def on_device(copy):
+    """With cpu_offload the copies that sample or are the reference visit the device only while they are used."""
+    if cpu_offload:
+        copy.to(device)
+    yield
+    if cpu_offload:
+        copy.to('cpu')
 
 
 def make_optimizers(model, lr, muon_lr=0.0):
@@ -574,11 +616,8 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault('average', torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(average, group['momentum']) # Nesterov
-                whole = update.full_tensor() if hasattr(update, 'full_tensor') else update # a shard is no matrix
-                whole = orthogonalize(whole) * max(1, p.size(0) / p.size(1)) ** 0.5
-                if hasattr(p, 'device_mesh'):
-                    whole = distribute_tensor(whole, p.device_mesh, p.placements)
-                p.add_(whole, alpha=-group['lr'])
+                update = orthogonalize(unshard(update)) * max(1, p.size(0) / p.size(1)) ** 0.5 # a shard is no matrix
+                p.add_(shard(update, p), alpha=-group['lr'])
 
 
 def orthogonalize(x, steps=5):
@@ -626,10 +665,11 @@ def autocast():
 
 
 def gathered(state):
-    """A state dict whose sharded tensors are made whole; every rank must call it."""
+    """A state dict whose tensors are whole and on the CPU; every rank must call it, rank 0 gets it."""
     if isinstance(state, dict):
         return {name: gathered(value) for name, value in state.items()}
-    return state.full_tensor() if hasattr(state, 'full_tensor') else state
+    state = unshard(state)
+    return state.cpu() if torch.is_tensor(state) and rank == 0 else None if torch.is_tensor(state) else state
 
 
 def all_sum(x):
@@ -670,7 +710,8 @@ def configure(argv):
         globals().update({k: v for k, v in checkpoint['settings'].items() if k not in ('out_dir', 'init_from')} | given)
     else:
         if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
-            fail(f"{out_dir} already holds a run: continue it with --init_from=resume, or choose another --out_dir")
+            fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume, or ' if there else ''}"
+                 "choose another --out_dir")
         # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
         owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
         if os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
@@ -762,8 +803,9 @@ def choose_device():
     if dtype == 'auto':
         dtype = 'float32' if not device.startswith('cuda') else \
             'bfloat16' if torch.cuda.is_bf16_supported(including_emulation=False) else 'float16' # Colab's T4
-    if world_size > 1 and not dist.is_initialized():
-        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo')
+    if (world_size > 1 or cpu_offload) and not dist.is_initialized():
+        alone = {} if world_size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo', **alone)
 
 
 def check_settings():
@@ -812,7 +854,7 @@ def load_checkpoint(path):
     try:
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True)
+        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except PermissionError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
@@ -894,7 +936,7 @@ def load_run(path, **changes):
     """The model, task and tokenizer of a checkpoint, with its settings, ready to respond:
     what sample.py needs of a Run."""
     checkpoint = load_checkpoint(path)
-    globals().update(checkpoint['settings'] | dict(dtype='auto', compile=False, init_from=path) | changes)
+    globals().update(checkpoint['settings'] | dict(dtype='auto', compile=False, cpu_offload=False, init_from=path) | changes)
     choose_device()
     run = build(checkpoint)
     run.step = checkpoint['step']
@@ -905,7 +947,7 @@ def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     for name in ('step', 'seconds', 'warmup_accuracy', 'bad_steps', 'loss_scale'):
         setattr(run, name, checkpoint[name])
-    run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device)
+    run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device, copy=True)
     if checkpoint['reference']:
         if warmup_steps != checkpoint['settings']['warmup_steps']:
             fail(f"the warm-up of this run is over: --warmup_steps={warmup_steps} comes too late")
@@ -922,9 +964,8 @@ def restore(run, checkpoint):
         for group, rate in zip(optimizer.param_groups, rates):
             group['initial_lr'] = rate
         for p, averages in optimizer.state.items():
-            for name, value in averages.items():
-                if hasattr(p, 'device_mesh') and value.shape == p.shape:
-                    averages[name] = distribute_tensor(value, p.device_mesh, p.placements)
+            for name, value in averages.items(): # cloned, for the file is mapped and may have to go
+                averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
     if rank == 0: # what was logged after the checkpoint will be logged again
         for name in ('metrics.jsonl', 'samples.jsonl'):
             lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
