@@ -177,7 +177,7 @@ class Transformer(nn.Module):
 
     @classmethod
     def without_memory(cls, config):
-        """A model of shapes only. It can be sharded and cast; `allocate` gives it memory, the weights are yet to come."""
+        """A model of shapes only, to be sharded or cast. `allocate` gives it memory; its weights are yet to come."""
         with torch.device('meta'):
             return cls(config)
 
@@ -268,8 +268,9 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
         if watch and rows[0] == 0 and step[0] >= 0:
             watch(tokens[0, lengths[0]:t + 1])
         alive &= ~(is_response & (token == eos)) & (step < max_new_tokens - 1)
-        # Dropping rows copies the cache, so wait until an eighth of them has ended.
-        if 8 * alive.sum() <= 7 * len(rows):
+        # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked every few tokens
+        # only, for it has to stop and answer.
+        if (t % 8 == 0 or not logits.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
             if not alive.any():
                 break
             keep = alive.nonzero().squeeze(1)
@@ -333,7 +334,7 @@ def counterparts(model):
         for kind, p in attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
             pairs += [(p, [f'self_attn.{x}_proj.{kind}' for x in 'qkv'])]
         if config.qk_norm:
-            pairs += [(attn.q_norm.weight, ['self_attn.q_norm.weight']), (attn.k_norm.weight, ['self_attn.k_norm.weight'])]
+            pairs += [(getattr(attn, f'{x}_norm').weight, [f'self_attn.{x}_norm.weight']) for x in 'qk']
         found += [(p, [f'model.layers.{i}.{name}' for name in names]) for p, names in pairs]
     qkv = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     return [(p, dict(zip(names, qkv if len(names) == 3 else [p.size(0) // len(names)] * len(names))))

@@ -181,43 +181,52 @@ def export(run, folder):
 
 
 def plot_runs(folders, path):
-    """Reward and held-out accuracy, response length, KL, and where the time goes, against wall time,
-    runs over each other."""
+    """Reward and held-out accuracy against wall time and against steps, response length, KL, runs over each other; of
+    the first one accuracy by difficulty, and where the time goes."""
     try:
         import matplotlib
     except ImportError:
         raise SystemExit("error: drawing curves needs matplotlib: pip install matplotlib")
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 2, figsize=(11, 7), layout='constrained')
+    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout='constrained')
+    by_time, by_step, length, by_difficulty, kl, seconds = axes.flat
     names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
     for folder, name, color in zip(folders, names, COLORS * len(folders)):
         try:
             rows = [json.loads(line) for line in open(os.path.join(folder, 'metrics.jsonl'))]
         except OSError:
             raise SystemExit(f"error: {folder} holds no metrics.jsonl, so it is not the folder of a run")
-        minutes = lambda rows: [row['seconds'] / 60 for row in rows]
         steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
-        evaluations, warm_up = ([row for row in rows if row['phase'] == 'evaluation'],
-                                [row for row in rows if row['phase'] == 'warm-up'])
-        axes[0, 0].plot(minutes(steps), [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
-        axes[0, 0].plot(minutes(evaluations), [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
-        for axis, metric in ((axes[0, 1], 'length'), (axes[1, 0], 'kl')):
-            axis.plot(minutes(steps), [row[metric] for row in steps], color=color, label=name)
-        if warm_up and folder == folders[0]:
-            for axis in axes.flat[:3]:
-                axis.axvspan(0, warm_up[-1]['seconds'] / 60, color=color, alpha=0.08, lw=0)
+        evaluations = [row for row in rows if row['phase'] == 'evaluation']
+        warm_up = [row for row in rows if row['phase'] == 'warm-up'][-1:] # its last step
+        first = warm_up[0]['step'] if warm_up else 0
+        minutes, number = lambda row: row['seconds'] / 60, lambda row: row['step'] - first
+        for axis, x, since in ((by_time, minutes, 0), (by_step, number, first)):
+            axis.plot([*map(x, steps)], [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
+            later = [row for row in evaluations if row['step'] >= since]
+            axis.plot([*map(x, later)], [row['accuracy'] for row in later], 'o-', color=color, label=name)
+        for axis, metric in ((length, 'length'), (kl, 'kl')):
+            axis.plot([*map(number, steps)], [row[metric] for row in steps], color=color, label=name)
         if folder == folders[0]:
-            axes[1, 1].stackplot(minutes(steps), [[row['seconds_' + part] for row in steps] for part in train.PARTS],
-                                 labels=train.PARTS, colors=COLORS, alpha=0.7)
-    for axis, title in zip(axes.flat, ('training reward (thin), held-out accuracy (dots)', 'response length, tokens',
-                                       'KL to the reference',
-                                       f'seconds per step ({names[0]})')):
-        axis.set(title=title, xlabel='minutes' if axis is axes[1, 1] else f'minutes (shaded: warm-up of {names[0]})')
+            for axis in (by_time, by_difficulty):
+                axis.axvspan(0, minutes(warm_up[0]) if warm_up else 0, color=color, alpha=0.08, lw=0)
+            for group, shade in zip(evaluations[-1]['by_difficulty'] if evaluations else [], COLORS):
+                accuracy = [row['by_difficulty'].get(group) for row in evaluations]
+                by_difficulty.plot([*map(minutes, evaluations)], accuracy, 'o-', color=shade, label=group)
+            parts = [[row['seconds_' + part] for row in steps] for part in train.PARTS]
+            seconds.stackplot([*map(number, steps)], parts, labels=train.PARTS, colors=COLORS, alpha=0.7)
+    for axis, title in zip(axes.flat, (
+            'held-out accuracy (dots), training reward (thin)', 'the same by steps', 'response length, tokens',
+            f'held-out accuracy by difficulty ({names[0]})', 'KL to the reference', f'seconds per step ({names[0]})')):
+        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})' if axis in (by_time, by_difficulty)
+                 else 'steps of stage 2')
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False)
-    axes[0, 0].set_ylim(0, 1.02) # or dots at 1 are cut in half
-    figure.savefig(path, dpi=110)
+        if axis in (by_difficulty, seconds) or len(folders) > 1:
+            axis.legend(frameon=False)
+    for axis in (by_time, by_step, by_difficulty):
+        axis.set_ylim(0, 1.02) # or dots at 1 are cut in half
+    figure.savefig(path, dpi=100)
     plt.close(figure)
 
 

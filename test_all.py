@@ -40,7 +40,7 @@ TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2
         '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
 
 
-slow = pytest.mark.skipif('SLOW' not in os.environ, reason="takes minutes: run it by SLOW=1 python -m pytest -q test_all.py")
+slow = pytest.mark.skipif('SLOW' not in os.environ, reason="takes minutes: SLOW=1 python -m pytest -q test_all.py")
 
 
 def run(*command, ranks=0, **options):

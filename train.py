@@ -152,9 +152,9 @@ def main():
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
-        loss = warm_up_step(run)
+        metrics = warm_up_step(run)
         run.seconds = time.time() - started
-        report(run, 'warm-up', every=20, loss=loss)
+        report(run, 'warm-up', every=20, **metrics)
         if run.step % (50 * eval_interval) == 0 and run.step < warmup_steps:
             log_evaluation(run, f'at step {run.step} of the warm-up', share=8)
         checkpoint_if_due(run)
@@ -196,8 +196,8 @@ def main():
 # The parts of a step
 
 def warm_up_step(run):
-    """One optimizer step of imitation on fresh demonstrations; returns the mean loss per token."""
-    sequences = []
+    """One optimizer step of imitation on fresh demonstrations; returns its metrics, with the mean loss per token."""
+    started, sequences = time.time(), []
     for problem, rng in draw(run.task, WARMUP, run.step, warmup_batch_size):
         prompt = run.tokenizer.encode(run.task.prompt(problem))
         for _ in range(100): # a demonstration that the policy could not give within its limit is drawn again
@@ -224,7 +224,8 @@ def warm_up_step(run):
         total_loss += loss.detach()
     optimizer_step(run)
     run.step += 1
-    return all_sum(total_loss).item()
+    return dict(loss=all_sum(total_loss).item(), tokens=int(total_tokens),
+                seconds_update=round(time.time() - started, 3))
 
 
 def estimate_values(run):
@@ -289,6 +290,10 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
             generator = torch.Generator(device).manual_seed(int(key >> np.uint64(1)))
             pieces.append(generate(run.sampler, prompts[first:first + rollout_rows], max_new_tokens, at_temperature,
                                    run.tokenizer.eos, generator, watch))
+            done, spent = min(first + rollout_rows, len(prompts)), time.time() - started
+            if spent > 10 and done < len(prompts): # where many long responses take minutes
+                print0(f"{('', 'stage 1', 'stage 2', 'evaluation')[stream]}: {done:,} of {len(prompts):,} responses, "
+                       f"{spent / 60 * (len(prompts) / done - 1):.1f} min left")
     width = max(tokens.size(1) for tokens, _ in pieces)
     tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
     mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
@@ -936,7 +941,8 @@ def load_run(path, **changes):
     """The model, task and tokenizer of a checkpoint, with its settings, ready to respond:
     what sample.py needs of a Run."""
     checkpoint = load_checkpoint(path)
-    globals().update(checkpoint['settings'] | dict(dtype='auto', compile=False, cpu_offload=False, init_from=path) | changes)
+    here = dict(dtype='auto', compile=False, cpu_offload=False, init_from=path)
+    globals().update(checkpoint['settings'] | here | changes)
     choose_device()
     run = build(checkpoint)
     run.step = checkpoint['step']
@@ -1001,13 +1007,12 @@ def report(run, phase, every=1, **metrics):
         return
     pace = (run.recent[-1] - run.recent[0]) / max(1, len(run.recent) - 1)
     left = f"{pace * (last - run.step) / 60:.1f} min left"
-    if phase == 'warm-up':
-        text = f"loss {metrics['loss']:.3f}"
-    else:
-        speed = metrics['tokens'] / sum(v for k, v in metrics.items() if k.startswith('seconds_'))
-        text = (f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
-                f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}  {speed:,.0f} tokens/s")
-    print0(f"{phase} {run.step - first}/{last - first}  {text}  {run.seconds / 60:.1f} min, {left}")
+    speed = metrics['tokens'] / max(1e-3, sum(v for k, v in metrics.items() if k.startswith('seconds_')))
+    text = f"loss {metrics['loss']:.3f}" if phase == 'warm-up' else (
+        f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
+        f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}")
+    print0(f"{phase} {run.step - first}/{last - first}  {text}  {speed:,.0f} tokens/s  "
+           f"{run.seconds / 60:.1f} min, {left}")
     if phase != 'warm-up':
         hint(run, metrics)
 

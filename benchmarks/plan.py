@@ -1,14 +1,18 @@
 """
-What fits where: memory per GPU and bytes on the wire per step, for models from 50M to 7B on 1, 8 and 64 GPUs.
-Arithmetic, but for the activations, which autograd's hooks count on one block.
+What fits where: memory per GPU and bytes on the wire per step, for models from 50M to 7B on 1, 8 and 64 GPUs, and the
+settings by which pretrained models fit one GPU. Arithmetic, but for the activations, which autograd's hooks count on
+one block.
 
     python benchmarks/plan.py
 
 Per parameter. Sharded over the ranks: 4 bytes of master weight, 4 of gradient, 8 of AdamW. Whole on every rank: 2 of
-the sampler, 2 of the reference, 2 that autocast makes in an update. Starting: every rank builds the model whole, 4.
+the sampler, 2 of the reference, 2 that autocast makes in an update. With --cpu_offload the GPU holds 2 of one of these
+at a time and, while they are used, two blocks and the embedding with their gradients, 8.
 On the wire, per rank and step: every micro-batch gathers the weights forward and backward and scatters the gradients,
 3 x 4 bytes, and the sampler is refreshed once, 4 (times (ranks - 1) / ranks).
 """
+import functools
+import itertools
 import os
 import sys
 
@@ -26,12 +30,18 @@ MODELS = {
     'Qwen2.5-7B': ModelConfig(152064, d_model=3584, n_layers=28, n_heads=28, n_kv_heads=4, d_ff=18944,
                               tie_embeddings=False, **QWEN),
 }
-BATCH, MICRO_BATCH, ROWS, LENGTH = 1024, 4096, 256, 1280 # responses, tokens, rows sampled side by side, tokens each
-USED = 0.5 # responses are half as long as they may get, on average
+BATCH, USED = 1024, 0.5 # responses a step; they are half as long as they may get, on average
+# In the order of what they cost: settings to lower, at 1,024 new tokens after a prompt of at most 256.
+DEFAULTS = dict(micro_batch_tokens=4096, rollout_rows=256, activation_checkpointing=False, cpu_offload=False)
+TRIES = [dict(micro_batch_tokens=tokens, rollout_rows=rows, activation_checkpointing=again, cpu_offload=offload)
+         for offload, again, rows, tokens in itertools.product(
+             (False, True), (False, True), (256, 128, 64), (4096, 2048, 1280))]
 
 
-def activation_bytes(config, tokens=251):
+@functools.cache
+def activation_bytes(name, tokens=251):
     """Bytes that one block keeps for its backward pass, per token, under bfloat16 autocast."""
+    config = MODELS[name]
     block, kept = Block(config, 0), {}
     weights = {tuple(sorted(p.shape)) for p in block.parameters()} # and their bfloat16 copies, counted elsewhere
     angle = torch.zeros(tokens, config.head_dim)
@@ -47,21 +57,47 @@ def activation_bytes(config, tokens=251):
     return sum(kept.values()) / tokens
 
 
-print(f'update: {MICRO_BATCH:,} tokens at once; sampling: {ROWS} rows x {LENGTH:,} tokens; {BATCH:,} responses a step')
-print('| model | parameters | activations a token | ranks | at start | update | sampling | on the wire, per step |\n'
-      '|---|---|---|---|---|---|---|---|')
+@functools.cache
+def parameters(name):
+    return Transformer.without_memory(MODELS[name]).num_params()
+
+
+def memory(name, ranks, micro_batch_tokens, rollout_rows, activation_checkpointing, cpu_offload, length=1280):
+    """Bytes on a GPU while it updates and while it samples."""
+    config, P = MODELS[name], parameters(name)
+    block = activation_bytes(name)
+    activations = config.n_layers * 4 * config.d_model + block if activation_checkpointing else config.n_layers * block
+    per_token = activations + 14 * config.vocab_size # the logits: float32 and its gradient, bfloat16 and its
+    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * min(rollout_rows, BATCH // ranks) * length
+    embedding = config.vocab_size * config.d_model
+    used = 8 * (embedding + 2 * (P - embedding) / config.n_layers)
+    update, sampling = (2 * P + used, 2 * P) if cpu_offload else (P * (16 / ranks + 6), P * (12 / ranks + 4))
+    return update + micro_batch_tokens * per_token, sampling + cache
+
+
+def gb(x):
+    return f'{x / 1e9:,.1f} GB'
+
+
+print(f'{BATCH:,} responses a step of up to 1,280 tokens; 4,096 tokens in a pass of the update; 256 rows sampled')
+print('| model | parameters | activations a token | ranks | update | sampling | on the wire, per step |\n'
+      '|---|---|---|---|---|---|---|')
 for name, config in MODELS.items():
-    with torch.device('meta'):
-        parameters = Transformer(config).num_params()
-    activations = config.n_layers * activation_bytes(config) # the logits: float32 and its gradient, bfloat16 and its
-    per_token = activations + 14 * config.vocab_size
-    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * ROWS * LENGTH # keys and values, bfloat16
     for ranks in (1, 8, 64):
-        share = BATCH // ranks
-        pieces = max(1, round(share * LENGTH * USED / MICRO_BATCH))
-        update = parameters * (16 / ranks + 6) + MICRO_BATCH * per_token
-        sampling = parameters * (12 / ranks + 4) + min(1, share / ROWS) * cache # the gradient is gone by then
-        wire = parameters * (12 * pieces + 4) * (ranks - 1) / ranks
-        gb = lambda x: f'{x / 1e9:,.1f} GB'
-        print(f'| {name} | {parameters / 1e6:,.0f} M | {activations / 1e6:.2f} MB | {ranks} '
-              f'| {gb(parameters * 6)} | {gb(update)} | {gb(sampling)} | {gb(wire) if ranks > 1 else "none"} |')
+        pieces = max(1, round(BATCH // ranks * 1280 * USED / DEFAULTS['micro_batch_tokens']))
+        wire = parameters(name) * (12 * pieces + 4) * (ranks - 1) / ranks
+        update, sampling = map(gb, memory(name, ranks, **DEFAULTS))
+        print(f'| {name} | {parameters(name) / 1e6:,.0f} M | {config.n_layers * activation_bytes(name) / 1e6:.2f} MB '
+              f'| {ranks} | {update} | {sampling} | {gb(wire) if ranks > 1 else "none"} |')
+
+print('\nOne GPU, with a tenth of it to spare: the settings that are not the default, and the most that is in use\n')
+sizes = (16, 24, 48, 80, 141)
+print('| model | ' + ' | '.join(f'{size} GB' for size in sizes) + ' |\n|---|' + '---|' * len(sizes))
+for name in [name for name in MODELS if 'Qwen' in name]:
+    cells = []
+    for size in sizes:
+        fitting = [settings for settings in TRIES if max(memory(name, 1, **settings)) < 0.9e9 * size]
+        changed = [f'`--{k}={v}`' for k, v in fitting[0].items() if v != DEFAULTS[k]] if fitting else []
+        cells.append(f"{' '.join(changed) or 'as it is'}: {gb(max(memory(name, 1, **fitting[0])))}"
+                     if fitting else 'no')
+    print(f"| {name} | {' | '.join(cells)} |")

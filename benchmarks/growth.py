@@ -1,0 +1,107 @@
+"""
+How the cost of a step of A*PO grows with the batch, the length of the responses and the model, and what it needs of
+memory: one of the three at a time, from random weights, with responses that never end before the limit.
+
+    python benchmarks/growth.py                    # on this machine; two cores: 6 minutes
+    python benchmarks/growth.py --device=cuda      # what else is given goes to train.py
+
+Every row is a process of its own, so that its peak of memory is its own (resident memory of the whole process on a
+CPU, torch's peak on a GPU). The times are medians of 3 steps after one to warm up. Linear is what the dashed lines
+show; attention's share grows with the square of the length. Draws growth.png,
+which assets/ holds as of two cores.
+"""
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import time
+
+import torch
+
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, top)
+import model
+import train
+
+START = dict(batch_size=64, max_new_tokens=200, d_model=128)
+ROWS = [START | {name: value} for name, values in dict(
+    batch_size=(16, 32, 64, 128, 256), max_new_tokens=(50, 100, 200, 400, 800), d_model=(64, 128, 256, 512),
+).items() for value in values]
+COLUMNS = ('parameters', 'rollout', 'update', 'memory')
+
+
+def one(arguments):
+    """The step of one row; prints its COLUMNS: a number, seconds of sampling, of the reference and the update, GB."""
+    run = train.build(train.configure(arguments))
+    train.warmup_steps = 0
+    run.base = run.reference = train.frozen_copy(run.model)
+    run.optimizers = train.make_optimizers(run.model, 1e-6)
+    sample = model.sample
+
+    def never_ending(logits, temperature, uniform):
+        logits[:, run.tokenizer.eos] = -torch.inf
+        return sample(logits, temperature, uniform)
+
+    model.sample, times = never_ending, []
+    for _ in range(4):
+        problems, values = train.training_problems(run)
+        started = time.time()
+        batch, seconds = train.rollout(run, problems, train.TRAIN, train.temperature)
+        middle = time.time()
+        train.update(run, batch, values, seconds) # ends with numbers, so a GPU is waited for
+        times.append((middle - started, time.time() - middle))
+    rollout, update = (statistics.median(column) for column in zip(*times[1:]))
+    memory = torch.cuda.max_memory_allocated() if train.device.startswith('cuda') else \
+        resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    print('RESULT', run.model.num_params(), rollout, update, memory / 1e9)
+
+
+def main():
+    print('| batch | tokens a response | width | parameters | sampling, s | reference and update, s | memory |\n'
+          '|---|---|---|---|---|---|---|', flush=True)
+    found = {}
+    for row in ROWS:
+        key = tuple(row.values())
+        if key not in found: # each of the three passes through START
+            settings = row | dict(n_layers=4, n_heads=row['d_model'] // 32, n_kv_heads=row['d_model'] // 64,
+                                  d_ff=3 * row['d_model'], warmup_steps=-1, max_steps=100,
+                                  out_dir=f'out/growth_{os.getpid()}')
+            said = subprocess.run([sys.executable, __file__, 'one', *(f'--{k}={v}' for k, v in settings.items()),
+                                   *sys.argv[1:]], capture_output=True, text=True)
+            if said.returncode:
+                sys.exit(said.stderr)
+            found[key] = dict(zip(COLUMNS, map(float, said.stdout.split('RESULT')[1].split())))
+            batch, length, width = key
+            parameters, rollout, update, memory = found[key].values()
+            print(f'| {batch} | {length} | {width} | {parameters / 1e6:.1f} M | {rollout:.2f} | {update:.2f} '
+                  f'| {memory:.2f} GB |', flush=True)
+    plot(found)
+
+
+def plot(found):
+    import matplotlib
+    matplotlib.use('Agg')
+    import matplotlib.pyplot as plt
+    from sample import COLORS
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout='constrained', sharey=True)
+    for axis, name in zip(axes, START):
+        rows = [row for row in ROWS if all(row[other] == START[other] for other in START if other != name)]
+        x = [found[tuple(row.values())]['parameters'] / 1e6 if name == 'd_model' else row[name] for row in rows]
+        x, rows = zip(*sorted(dict(zip(x, rows)).items()))
+        for part, color in zip(('rollout', 'update'), COLORS):
+            y = [found[tuple(row.values())][part] for row in rows]
+            axis.plot(x, y, 'o-', color=color, label=dict(rollout='sampling', update='reference and update')[part])
+            axis.plot(x, [y[-1] * value / x[-1] for value in x], '--', color=color, lw=0.8)
+        axis.set(xscale='log', yscale='log', xlabel=dict(
+            batch_size='responses', max_new_tokens='tokens a response', d_model='million parameters')[name])
+        axis.set_xticks(x, [f'{value:.2g}' if name == 'd_model' else value for value in x])
+        axis.minorticks_off()
+        axis.grid(alpha=0.3)
+    axes[0].set(ylabel='seconds of a step (dashed: linear)')
+    axes[0].legend(frameon=False)
+    figure.savefig('growth.png', dpi=100)
+
+
+if __name__ == '__main__':
+    one(sys.argv[2:]) if sys.argv[1:2] == ['one'] else main()
