@@ -7,7 +7,8 @@ See what a trained model does.
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
     python sample.py --export=folder                  # the model in the Hugging Face layout, which transformers loads
 
-Takes the newest run under out/, else the models in assets/; --checkpoint=PATH names one.
+Takes the newest run under out/, one that came to its end before one that did not, else assets/countdown_trained.pt;
+--checkpoint=PATH names another, a file or the folder of a run.
 """
 import argparse
 import glob
@@ -20,6 +21,7 @@ import train
 from model import save_pretrained
 from tasks import END_THINK, extract_answer, reachable
 
+HERE = os.path.dirname(os.path.abspath(__file__))
 INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
@@ -27,7 +29,7 @@ COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Ok
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
-    parser.add_argument('--checkpoint', help='a checkpoint (default: the newest under out/, else assets/)')
+    parser.add_argument('--checkpoint', help='a checkpoint, or the folder of a run (default: see above)')
     parser.add_argument('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     parser.add_argument('--eval', action='store_true',
                         help='grade held-out problems and write sample_eval.json beside the checkpoint')
@@ -45,12 +47,15 @@ def main():
     if args.plot:
         plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
+    if args.eval and args.prompt is not None:
+        train.fail("--eval grades held-out problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.num_problems < 0 or (args.temperature or 0) < 0 \
             or args.max_new_tokens is not None and args.max_new_tokens < 1:
         train.fail("--num_samples and --max_new_tokens must be at least 1, "
                    "--num_problems and --temperature not below 0")
 
-    path = args.checkpoint or newest_checkpoint()
+    path = args.checkpoint or newest_run(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
+    path = newest_run(path) or path # where it is the folder of a run
     run = train.load_run(path, seed=args.seed, device=args.device,
                          **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
     temperature = train.eval_temperature if args.temperature is None else args.temperature
@@ -59,19 +64,18 @@ def main():
     print(f'{path}: {train.task}, {run.model.num_params():,} parameters, step {run.step}, temperature {temperature}')
     if args.eval:
         return evaluate(run, path, args.num_problems or 2000, args.num_samples, temperature)
-    problems = [parse(run, args.prompt)] if args.prompt else train.held_out_problems(run.task, args.num_problems or 5)
+    problems = [parse(run, args.prompt)] if args.prompt is not None else \
+        train.held_out_problems(run.task, args.num_problems or 5)
     show(run, problems, args.num_samples, temperature)
-    if not args.prompt and sys.stdin.isatty():
-        play(run, temperature)
+    if args.prompt is None and sys.stdin.isatty():
+        play(run, args.num_samples, temperature)
 
 
-def newest_checkpoint():
-    """The newest checkpoint under out/, else a trained model in assets/."""
-    found = glob.glob('out/*/tinyzero_astarpo_final.pt') + glob.glob('out/*/checkpoint_step_*.pt')
-    here = os.path.join(os.path.dirname(os.path.abspath(__file__)), 'assets', '*_trained.pt')
-    if not found and not glob.glob(here):
-        train.fail("no run under out/ yet: start with `python train.py`, or name a checkpoint by --checkpoint=PATH")
-    return max(found, key=os.path.getmtime) if found else sorted(glob.glob(here))[0]
+def newest_run(folder):
+    """The model of the newest run that came to its end, else the newest checkpoint, or None."""
+    for name in ('tinyzero_astarpo_final.pt', 'checkpoint_step_*.pt'):
+        if found := glob.glob(os.path.join(folder, name)):
+            return max(found, key=os.path.getmtime)
 
 
 def parse(run, text):
@@ -145,11 +149,11 @@ def summary_line(verdicts, n):
     return line + ''.join(f', pass@{2 ** i} {pass_at_k(verdicts, n, 2 ** i):.3f}' for i in range(1, n.bit_length()))
 
 
-def play(run, temperature):
+def play(run, num_samples, temperature):
     """Answer what is typed, until an empty line."""
     while text := input('\na problem of yours (empty line to leave): ').strip():
         try:
-            show(run, [parse(run, text)], 1, temperature)
+            show(run, [parse(run, text)], num_samples, temperature)
         except SystemExit as error:
             print(error)
 
@@ -172,6 +176,8 @@ def export(run, folder):
     """The model as config.json and model.safetensors, and the files of a pretrained model's tokenizer; our own
     vocabularies have no place in that layout."""
     files = run.tokenizer.state if isinstance(run.tokenizer.state, dict) else {}
+    if os.path.exists(folder):
+        train.fail(f"{folder} is there already: choose a new folder for the export")
     with train.one_line(folder):
         save_pretrained(run.model, folder, run.tokenizer.eos)
         for name in files.keys() - {'config.json'}: # which it wrote for itself
@@ -222,7 +228,7 @@ def plot_runs(folders, path):
         axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})' if axis in (by_time, by_difficulty)
                  else 'steps of stage 2')
         axis.grid(alpha=0.3)
-        if axis in (by_difficulty, seconds) or len(folders) > 1:
+        if axis.get_legend_handles_labels()[0] and (axis in (by_difficulty, seconds) or len(folders) > 1):
             axis.legend(frameon=False)
     for axis in (by_time, by_step, by_difficulty):
         axis.set_ylim(0, 1.02) # or dots at 1 are cut in half

@@ -534,12 +534,14 @@ def main(reset, *arguments):
     (['--beta1=0'], "--beta1 must be above 0"), (['--temperature=0'], "--eval_temperature"),
     (['--algorithm=ppo'], "apo, grpo"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
     (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
-    (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number")])
+    (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number"),
+    (['--batch_size=0'], "at least 1"), (['--warmup_steps=-1'], "0 (none) or above"),
+    ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128")])
 def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, words):
     with pytest.raises(SystemExit) as error:
         main(settings, f'--out_dir={tmp_path}/new', *arguments)
     assert words in error.value.code and '\n' not in error.value.code
-    assert not os.path.exists(f'{tmp_path}/new/metrics.jsonl')
+    assert not os.path.exists(f'{tmp_path}/new')
 
 
 def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
@@ -658,7 +660,7 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
 
 def test_without_matplotlib_a_run_says_once_what_is_missing(settings, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, 'matplotlib', None)
-    main(settings, *TINY, '--warmup_steps=100', '--eval_interval=1', '--max_steps=-1', f'--out_dir={tmp_path}/run')
+    main(settings, *TINY, '--warmup_steps=100', '--eval_interval=1', '--max_steps=0', f'--out_dir={tmp_path}/run')
     said = capsys.readouterr().out
     assert said.count('pip install matplotlib') == 1 and 'held-out at step 50' in said
     assert not os.path.exists(tmp_path / 'run' / 'curves.png')
@@ -708,7 +710,7 @@ def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_
 
 
 def test_metrics_also_go_to_a_tracker_and_a_missing_one_is_named(settings, tmp_path, monkeypatch):
-    logged, arguments = [], [*TINY, '--warmup_steps=2', '--max_steps=-1', '--num_eval_samples=8']
+    logged, arguments = [], [*TINY, '--warmup_steps=2', '--max_steps=0', '--num_eval_samples=8']
     tracker = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
     fake = types.SimpleNamespace(init=lambda **options: options['config']['warmup_steps'] == 2 and tracker)
     monkeypatch.setitem(sys.modules, 'wandb', fake)
@@ -757,8 +759,8 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
     environment = {**os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1'}
     tiny = [*TINY, '--device=cpu', '--micro_batch_tokens=512', '--checkpoint_interval=5']
     # Stage 1 would refuse a model as raw as that of the short warm-up, so stage 2 starts from another one.
-    warmup, stage2 = [*tiny, '--warmup_steps=10', '--max_steps=-1'], [
-        *tiny, '--warmup_steps=-1', '--max_steps=3', '--learning_rate=1e-5',
+    warmup, stage2 = [*tiny, '--warmup_steps=10', '--max_steps=0'], [
+        *tiny, '--warmup_steps=0', '--max_steps=3', '--learning_rate=1e-5',
         f'--init_from={trained[0]}/tinyzero_astarpo_final.pt']
     os.makedirs(tmp_path / 'resumed') # by four ranks, from what two saved
     for name, ranks, arguments in [('warmup1', 1, warmup), ('warmup2', 2, warmup),
@@ -804,7 +806,7 @@ def test_two_nodes_take_the_steps_of_one(hosts, tmp_path):
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    arguments = [*TINY, '--warmup_steps=5', '--max_steps=-1', '--num_eval_samples=8', '--device=cpu']
+    arguments = [*TINY, '--warmup_steps=5', '--max_steps=0', '--num_eval_samples=8', '--device=cpu']
     nodes = [subprocess.Popen([*host, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
                                f'--node_rank={i}', f'--master_addr={address}', f'--master_port={port}',
                                'train.py', *arguments, f'--out_dir={tmp_path}/two'], cwd=HERE,
@@ -955,7 +957,9 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     process = run('sample.py', checkpoint, '--prompt=3 * 4', '--num_samples=8')
     assert process.returncode == 0 and 'What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout \
         and 'verdict' in process.stdout
-    process = run('sample.py', checkpoint, '--eval', '--num_problems=10')
+    assert run('sample.py', '--eval', '--prompt=3 * 4').stderr == \
+        'error: --eval grades held-out problems, --prompt asks one: choose\n'
+    process = run('sample.py', f'--checkpoint={out}', '--eval', '--num_problems=10')
     assert process.returncode == 0 and 'accuracy' in process.stdout \
         and json.load(open(f'{out}/sample_eval.json'))['num_problems'] <= 10
     process = run('sample.py', '--plot', out, out, f'--output={tmp_path}/both.png')
@@ -1114,8 +1118,9 @@ def pretrained(tmp_path_factory):
     folder, out = tmp_path_factory.mktemp('pretrained') / 'model', tmp_path_factory.mktemp('pretrained') / 'run'
     make_pretrained(folder)
     make_tokenizer(folder)
-    process = run('train.py', *TINY, f'--init_from={folder}', f'--out_dir={out}', '--warmup_steps=70', '--max_steps=60',
-                  '--checkpoint_interval=120', '--device=cpu', env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = run('train.py', *TINY, '--n_heads=4', '--d_ff=96', f'--init_from={folder}', f'--out_dir={out}',
+                  '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--device=cpu',
+                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
     assert process.returncode == 0 and process.stderr == '', process.stderr
     return str(folder), str(out)
 
@@ -1159,7 +1164,7 @@ def test_runs_from_pretrained_weights_resume_answer_and_export(pretrained, setti
     with torch.no_grad():
         ours = loaded.model(torch.tensor([tokens]))[0]
         assert torch.allclose(theirs(torch.tensor([tokens])).logits, ours, atol=1e-4)
-    with pytest.raises(SystemExit, match='File exists'):
+    with pytest.raises(SystemExit, match='choose a new folder'):
         importlib.import_module('sample').export(loaded, f'{tmp_path}/export')
 
 

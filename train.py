@@ -37,7 +37,7 @@ from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_l
 from model import SIZES, ModelConfig, Transformer, generate, load_pretrained, read_config
 from tasks import EOS, WRONG, PretrainedTokenizer, Tokenizer, find_task, tokenizer_files
 
-# ---- settings; where the default is 0 or 'auto', AUTO below fills it in for the task and the machine ---------------
+# ---- settings; what is 0 or 'auto' here and not given is filled in by AUTO below, for the task and the machine -----
 task = 'countdown' # countdown | multiplication | chain | equation | grid | reasoning_gym:NAME
 out_dir = '' # where checkpoints, metrics and curves go; empty: out/TASK
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
@@ -59,13 +59,13 @@ n_heads = 0 # attention heads
 n_kv_heads = 0 # heads of keys and values, shared by groups of attention heads
 d_ff = 0 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
-warmup_steps = 0 # optimizer steps; -1: none
+warmup_steps = 0 # optimizer steps; --warmup_steps=0: none
 warmup_batch_size = 0 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
 warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it
 # A*PO
 algorithm = 'apo' # apo | grpo
-max_steps = 0 # optimizer steps after the warm-up; -1: none
+max_steps = 0 # optimizer steps after the warm-up; --max_steps=0: none
 batch_size = 0 # responses per step, over all ranks
 learning_rate = 0.0 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
@@ -145,6 +145,8 @@ class Run:
 
 def main():
     run = build(configure(sys.argv[1:]))
+    if rank == 0:
+        os.makedirs(out_dir, exist_ok=True)
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens in the vocabulary")
     started = time.time() - run.seconds
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -727,21 +729,21 @@ def configure(argv):
             globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    found = dict({size: checkpoint['config'][size] for size in SIZES['small']}, warmup_steps=-1) if checkpoint else {}
+    found = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
+    for size in found.keys() & given:
+        if given[size] != found[size]:
+            fail(f"--{size}={given[size]} does not fit the model of {init_from}, which has {found[size]}")
+    found |= dict(warmup_steps=0) if checkpoint else {}
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | found | pretrained
     chosen = {} if init_from == 'resume' else { # all was settled then
-        k: v for k, v in auto.items() if not globals()[k] or k in pretrained and k not in given}
+        k: v for k, v in auto.items() if k not in given and (not globals()[k] or k in pretrained)}
     globals().update(chosen)
-    if rank == 0:
-        os.makedirs(out_dir, exist_ok=True)
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
     if chosen:
         print0(f"chosen for {task} on this machine ({kind}{', pretrained weights' if pretrained else ''}): "
                + ', '.join(f'{k}={v}' for k, v in chosen.items()))
-    for name in ('warmup_steps', 'max_steps'):
-        globals()[name] = max(0, globals()[name])
     check_settings()
     return checkpoint
 
@@ -793,9 +795,10 @@ def choose_device():
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
-    if device == 'cpu' and 'LOCAL_WORLD_SIZE' in os.environ: # torchrun gives each of several processes one thread
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device == 'cpu' and local > 1: # torchrun gives each of several processes one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // int(os.environ['LOCAL_WORLD_SIZE'])))
+        torch.set_num_threads(max(1, cores // local))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Keep freed memory for the next tensor instead of giving it back: a fifth faster
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
@@ -825,8 +828,10 @@ def check_settings():
                  'max_number', 'max_target', 'max_factor', *SIZES['small']):
         if globals()[name] < 1:
             fail(f"--{name} must be at least 1, not {globals()[name]}")
-    if keep_checkpoints < 0:
-        fail(f"--keep_checkpoints must be 0 (all) or above, not {keep_checkpoints}")
+    for name, meaning in dict(warmup_steps='none', max_steps='none', keep_checkpoints='all',
+                              ref_update_interval='never', eval_temperature='greedy').items():
+        if globals()[name] < 0:
+            fail(f"--{name} must be 0 ({meaning}) or above, not {globals()[name]}")
     for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate',
                  'value_learning_rate', 'grad_clip'):
         if not 0 < globals()[name] < math.inf:
@@ -836,8 +841,6 @@ def check_settings():
         fail(f"countdown takes 3 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
     if not 0 <= partial_credit < 1:
         fail(f"--partial_credit must be at least 0 and below 1, not {partial_credit}")
-    if eval_temperature < 0:
-        fail(f"--eval_temperature must be 0 (greedy) or above, not {eval_temperature}")
     unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
     if batch_size % unit or warmup_batch_size % world_size or num_train_samples % world_size:
         fail(f"--batch_size={batch_size} must be a multiple of {unit} "
@@ -1006,13 +1009,13 @@ def report(run, phase, every=1, **metrics):
     if (run.step - first) % every and run.step not in (first + 1, last):
         return
     pace = (run.recent[-1] - run.recent[0]) / max(1, len(run.recent) - 1)
-    left = f"{pace * (last - run.step) / 60:.1f} min left"
+    left = f", {pace * (last - run.step) / 60:.1f} min left" if len(run.recent) > 1 else ''
     speed = metrics['tokens'] / max(1e-3, sum(v for k, v in metrics.items() if k.startswith('seconds_')))
     text = f"loss {metrics['loss']:.3f}" if phase == 'warm-up' else (
         f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
         f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}")
     print0(f"{phase} {run.step - first}/{last - first}  {text}  {speed:,.0f} tokens/s  "
-           f"{run.seconds / 60:.1f} min, {left}")
+           f"{run.seconds / 60:.1f} min{left}")
     if phase != 'warm-up':
         hint(run, metrics)
 

@@ -65,7 +65,7 @@ def main():
         key = tuple(row.values())
         if key not in found: # each of the three passes through START
             settings = row | dict(n_layers=4, n_heads=row['d_model'] // 32, n_kv_heads=row['d_model'] // 64,
-                                  d_ff=3 * row['d_model'], warmup_steps=-1, max_steps=100,
+                                  d_ff=3 * row['d_model'], warmup_steps=0, max_steps=100,
                                   out_dir=f'out/growth_{os.getpid()}')
             said = subprocess.run([sys.executable, __file__, 'one', *(f'--{k}={v}' for k, v in settings.items()),
                                    *sys.argv[1:]], capture_output=True, text=True)
