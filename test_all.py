@@ -545,6 +545,8 @@ def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, word
 
 
 def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
+    process = run('train.py', '--warmup_steps=1', '--out_dir=/dev/null/run')
+    assert process.returncode == 1 and process.stderr == 'error: /dev/null/run: Not a directory\n'
     process = run('train.py', '--bach_size', '3')
     assert process.returncode == 1 and process.stderr.count('\n') == 1 \
         and 'did you mean --batch_size?' in process.stderr

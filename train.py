@@ -677,8 +677,10 @@ def gathered(state):
     """A state dict whose tensors are whole and on the CPU; every rank must call it, rank 0 gets it."""
     if isinstance(state, dict):
         return {name: gathered(value) for name, value in state.items()}
-    state = unshard(state)
-    return state.cpu() if torch.is_tensor(state) and rank == 0 else None if torch.is_tensor(state) else state
+    if not torch.is_tensor(state):
+        return state
+    whole = unshard(state)
+    return whole.cpu() if rank == 0 else None
 
 
 def all_sum(x):
@@ -1103,6 +1105,8 @@ def fail(message):
 if __name__ == '__main__':
     try:
         main()
+    except OSError as error: # an out_dir that cannot be written, a full disk, an output that nobody reads any more
+        sys.exit(f"error: {error.filename or 'the output'}: {error.strerror}")
     except RuntimeError as error: # CUDA, MPS and the CPU each say it in their own words
         if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
             sys.exit(f"error: rank {rank} lost another rank, which died; go on with --init_from=resume "
