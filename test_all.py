@@ -918,6 +918,33 @@ def test_a_signal_finishes_the_step_and_saves(tmp_path):
     assert process.returncode == 1 and weights(tmp_path / 'run' / f'checkpoint_step_{step}.pt')['step'] == step
 
 
+def test_a_second_ctrl_c_leaves_at_once(tmp_path):
+    driver = tmp_path / 'driver.py'
+    driver.write_text("import time, train\ntrain.warm_up_step = lambda run: (print('in a step', flush=True), "
+                      "time.sleep(60))\ntrain.main()\n")
+    process = subprocess.Popen([sys.executable, driver, *TINY, f'--out_dir={tmp_path}/run', '--device=cpu'], cwd=HERE,
+                               env={**os.environ, 'PYTHONPATH': HERE}, stdout=subprocess.PIPE, text=True)
+    while 'in a step' not in process.stdout.readline():
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    time.sleep(1)
+    assert process.poll() is None, "the step is finished first"
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) == -signal.SIGINT
+
+
+def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint_whole(trained, tmp_path):
+    resource = pytest.importorskip('resource', reason="needs limits as Unix has them")
+    shutil.copy(f'{trained[0]}/checkpoint_step_62.pt', tmp_path)
+    limit = os.path.getsize(tmp_path / 'checkpoint_step_62.pt') // 2 # no file may be larger
+    process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', '--device=cpu',
+                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert process.returncode == 1 and process.stderr.count('\n') == 1
+    assert re.match('error: could not write .*; earlier checkpoints are whole', process.stderr)
+    assert [path.name for path in tmp_path.glob('checkpoint*')] == ['checkpoint_step_62.pt']
+    train.load_checkpoint(str(tmp_path / 'checkpoint_step_62.pt'))
+
+
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     driver = tmp_path / 'driver.py'
     driver.write_text("import os, runpy, signal, sys, torch\nsys.argv[0] = 'train.py'\nstep = torch.optim.AdamW.step\n"
