@@ -102,7 +102,7 @@ AUTO = {
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
                 learning_rate=2e-4, num_train_samples=2048, max_new_tokens=800, eval_interval=100,
                 micro_batch_tokens=131072, rollout_rows=4096),
-    ('multiplication', 'cpu'): dict(warmup_steps=4000, warmup_batch_size=32, max_steps=240, learning_rate=4e-4,
+    ('multiplication', 'cpu'): dict(warmup_steps=4000, warmup_batch_size=32, max_steps=160, learning_rate=4e-4,
                                     num_train_samples=512, max_new_tokens=96),
     ('multiplication', 'gpu'): dict(warmup_steps=1000, max_steps=200, max_new_tokens=96),
     ('chain', 'cpu'): dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64),
