@@ -736,7 +736,7 @@ def configure(argv):
     found = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
     for size in found.keys() & given:
         if given[size] != found[size]:
-            fail(f"--{size}={given[size]} does not fit the model of {init_from}, which has {found[size]}")
+            fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {found[size]}")
     found |= dict(warmup_steps=0) if checkpoint else {}
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | found | pretrained
