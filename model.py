@@ -182,6 +182,8 @@ class Transformer(nn.Module):
             return cls(config)
 
     def allocate(self, weights_on, device=None):
+        """Memory for the weights, which may stay on the CPU, and again what is derived, which to_empty unties and
+        empties, on the device that computes."""
         self.to_empty(device=weights_on)
         self.tie_and_rotate(device or weights_on)
 
@@ -353,7 +355,8 @@ def load_pretrained(model, folder):
         for shard in shards:
             file = stack.enter_context(safe_open(os.path.join(folder, shard), 'pt'))
             where |= dict.fromkeys(file.keys(), file)
-        expected = {name: (rows, *p.shape[1:]) for p, parts in counterparts(model) for name, rows in parts.items()}
+        pairs = counterparts(model)
+        expected = {name: (rows, *p.shape[1:]) for p, parts in pairs for name, rows in parts.items()}
         ignored = ('rotary_emb.inv_freq',) + ('lm_head.weight',) * model.config.tie_embeddings # some files repeat these
         for name, file in where.items():
             shape = tuple(file.get_slice(name).get_shape())
@@ -362,7 +365,7 @@ def load_pretrained(model, folder):
                     f"should be {expected[name]}" if name in expected else "this architecture has not"))
         if missing := expected.keys() - where.keys():
             raise ValueError(f"the tensor {min(missing)} is missing ({len(missing)} in all)")
-        for p, parts in counterparts(model):
+        for p, parts in pairs:
             yield p, torch.cat([where[name].get_tensor(name) for name in parts])
 
 

@@ -835,7 +835,7 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
         return whole[:start] + bytes(byte ^ 0xff for byte in whole[start:end]) + whole[end:]
     cuts = [len(whole) * i // 200 for i in range(201)]
     for content in [b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1000:], b'\0' * 5000,
-                    *map(damaged, cuts, cuts[1:]), *(damaged(i, i + 1) for i in range(-400, 0))]:
+                    *map(damaged, cuts, cuts[1:]), *(damaged(i, i + 1) for i in range(len(whole) - 400, len(whole)))]:
         (tmp_path / 'bad.pt').write_bytes(content)
         try:
             assert_same(train.load_checkpoint(str(tmp_path / 'bad.pt')),

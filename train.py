@@ -59,13 +59,13 @@ n_heads = 0 # attention heads
 n_kv_heads = 0 # heads of keys and values, shared by groups of attention heads
 d_ff = 0 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
-warmup_steps = 0 # optimizer steps; --warmup_steps=0: none
+warmup_steps = 0 # optimizer steps; none where 0 is given
 warmup_batch_size = 0 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
 warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it
 # A*PO
 algorithm = 'apo' # apo | grpo
-max_steps = 0 # optimizer steps after the warm-up; --max_steps=0: none
+max_steps = 0 # optimizer steps after the warm-up; none where 0 is given
 batch_size = 0 # responses per step, over all ranks
 learning_rate = 0.0 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
@@ -733,11 +733,10 @@ def configure(argv):
             globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    found = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
-    for size in found.keys() & given:
-        if given[size] != found[size]:
+    found = dict({size: checkpoint['config'][size] for size in SIZES['small']}, warmup_steps=0) if checkpoint else {}
+    for size in SIZES['small'] if checkpoint else ():
+        if given.get(size, found[size]) != found[size]:
             fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {found[size]}")
-    found |= dict(warmup_steps=0) if checkpoint else {}
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | found | pretrained
     chosen = {} if init_from == 'resume' else { # all was settled then

@@ -2,13 +2,12 @@
 How the cost of a step of A*PO grows with the batch, the length of the responses and the model, and what it needs of
 memory: one of the three at a time, from random weights, with responses that never end before the limit.
 
-    python benchmarks/growth.py                    # on this machine; two cores: 6 minutes
+    python benchmarks/growth.py                    # on this machine; two cores: 5 minutes
     python benchmarks/growth.py --device=cuda      # what else is given goes to train.py
 
 Every row is a process of its own, so that its peak of memory is its own (resident memory of the whole process on a
 CPU, torch's peak on a GPU). The times are medians of 3 steps after one to warm up. Linear is what the dashed lines
-show; attention's share grows with the square of the length. Draws growth.png,
-which assets/ holds as of two cores.
+show; attention's share grows with the square of the length. Draws growth.png, which assets/ holds as of two cores.
 """
 import os
 import resource
@@ -34,7 +33,6 @@ COLUMNS = ('parameters', 'rollout', 'update', 'memory')
 def one(arguments):
     """The step of one row; prints its COLUMNS: a number, seconds of sampling, of the reference and the update, GB."""
     run = train.build(train.configure(arguments))
-    train.warmup_steps = 0
     run.base = run.reference = train.frozen_copy(run.model)
     run.optimizers = train.make_optimizers(run.model, 1e-6)
     sample = model.sample

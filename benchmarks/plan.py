@@ -30,7 +30,7 @@ MODELS = {
     'Qwen2.5-7B': ModelConfig(152064, d_model=3584, n_layers=28, n_heads=28, n_kv_heads=4, d_ff=18944,
                               tie_embeddings=False, **QWEN),
 }
-BATCH, USED = 1024, 0.5 # responses a step; they are half as long as they may get, on average
+BATCH, LENGTH, USED = 1024, 1280, 0.5 # responses a step, their most tokens, how much of these is used on average
 # In the order of what they cost: settings to lower, at 1,024 new tokens after a prompt of at most 256.
 DEFAULTS = dict(micro_batch_tokens=4096, rollout_rows=256, activation_checkpointing=False, cpu_offload=False)
 TRIES = [dict(micro_batch_tokens=tokens, rollout_rows=rows, activation_checkpointing=again, cpu_offload=offload)
@@ -62,13 +62,13 @@ def parameters(name):
     return Transformer.without_memory(MODELS[name]).num_params()
 
 
-def memory(name, ranks, micro_batch_tokens, rollout_rows, activation_checkpointing, cpu_offload, length=1280):
+def memory(name, ranks, micro_batch_tokens, rollout_rows, activation_checkpointing, cpu_offload):
     """Bytes on a GPU while it updates and while it samples."""
     config, P = MODELS[name], parameters(name)
     block = activation_bytes(name)
     activations = config.n_layers * 4 * config.d_model + block if activation_checkpointing else config.n_layers * block
     per_token = activations + 14 * config.vocab_size # the logits: float32 and its gradient, bfloat16 and its
-    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * min(rollout_rows, BATCH // ranks) * length
+    cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * min(rollout_rows, BATCH // ranks) * LENGTH
     embedding = config.vocab_size * config.d_model
     used = 8 * (embedding + 2 * (P - embedding) / config.n_layers)
     update, sampling = (2 * P + used, 2 * P) if cpu_offload else (P * (16 / ranks + 6), P * (12 / ranks + 4))
@@ -79,12 +79,12 @@ def gb(x):
     return f'{x / 1e9:,.1f} GB'
 
 
-print(f'{BATCH:,} responses a step of up to 1,280 tokens; 4,096 tokens in a pass of the update; 256 rows sampled')
+print(f'{BATCH:,} responses a step of up to {LENGTH:,} tokens; ' + ', '.join(f'{k}={v}' for k, v in DEFAULTS.items()))
 print('| model | parameters | activations a token | ranks | update | sampling | on the wire, per step |\n'
       '|---|---|---|---|---|---|---|')
 for name, config in MODELS.items():
     for ranks in (1, 8, 64):
-        pieces = max(1, round(BATCH // ranks * 1280 * USED / DEFAULTS['micro_batch_tokens']))
+        pieces = max(1, round(BATCH // ranks * LENGTH * USED / DEFAULTS['micro_batch_tokens']))
         wire = parameters(name) * (12 * pieces + 4) * (ranks - 1) / ranks
         update, sampling = map(gb, memory(name, ranks, **DEFAULTS))
         print(f'| {name} | {parameters(name) / 1e6:,.0f} M | {config.n_layers * activation_bytes(name) / 1e6:.2f} MB '
@@ -96,8 +96,8 @@ print('| model | ' + ' | '.join(f'{size} GB' for size in sizes) + ' |\n|---|' + 
 for name in [name for name in MODELS if 'Qwen' in name]:
     cells = []
     for size in sizes:
-        fitting = [settings for settings in TRIES if max(memory(name, 1, **settings)) < 0.9e9 * size]
-        changed = [f'`--{k}={v}`' for k, v in fitting[0].items() if v != DEFAULTS[k]] if fitting else []
-        cells.append(f"{' '.join(changed) or 'as it is'}: {gb(max(memory(name, 1, **fitting[0])))}"
-                     if fitting else 'no')
+        needs, settings = next(((needs, settings) for settings in TRIES
+                                if (needs := max(memory(name, 1, **settings))) < 0.9e9 * size), (None, {}))
+        changed = ' '.join(f'`--{k}={v}`' for k, v in settings.items() if v != DEFAULTS[k])
+        cells.append(f"{changed or 'as it is'}: {gb(needs)}" if settings else 'no')
     print(f"| {name} | {' | '.join(cells)} |")
