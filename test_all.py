@@ -876,7 +876,34 @@ def test_out_of_memory_names_the_settings_to_lower(tmp_path):
     process = run(driver, *TINY, '--warmup_steps=1', f'--out_dir={tmp_path}/run', '--device=cpu',
                   env={**os.environ, 'PYTHONPATH': HERE})
     assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
-    assert re.match('error: rank 0 is out of memory: halve --micro_batch_tokens=2048', process.stderr)
+    assert re.match('error: rank 0 is out of memory: lower --micro_batch_tokens=1, --rollout_rows=1024', process.stderr)
+
+
+def test_where_memory_runs_out_a_step_is_taken_in_smaller_pieces(settings, tmp_path, monkeypatch, capsys):
+    clip, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *args: norms.append(clip(*args).item()) or
+                        torch.tensor(norms[-1]))
+    main(settings, *TINY, '--max_steps=2', f'--out_dir={tmp_path}/whole')
+    scored, sampled, large = train.token_logprobs, train.generate, itertools.count()
+
+    def small_score(model, tokens, mask):
+        if tokens.numel() > 100 and next(large): # the first one passes and leaves its gradient
+            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB')
+        return scored(model, tokens, mask)
+
+    def small_sample(model, prompts, *options):
+        if len(prompts) > 40:
+            raise RuntimeError('MPS backend out of memory')
+        return sampled(model, prompts, *options)
+
+    monkeypatch.setattr(train, 'token_logprobs', small_score)
+    monkeypatch.setattr(train, 'generate', small_sample)
+    main(settings, *TINY, '--max_steps=2', '--micro_batch_tokens=200', f'--out_dir={tmp_path}/pieces')
+    assert 'going on with --micro_batch_tokens=100' in (said := capsys.readouterr().out) and '--rollout_rows=32' in said
+    kept = torch.load(tmp_path / 'pieces/checkpoint_step_62.pt')['settings']
+    assert kept['micro_batch_tokens'] == 100 and kept['rollout_rows'] == 32
+    whole, pieces = norms[:4], norms[len(norms) // 2:][:4]
+    assert pieces == pytest.approx(whole, rel=1e-3), "no gradient is lost or counted twice"
 
 
 def test_a_hint_says_once_why_the_reward_is_flat(settings, capsys):

@@ -86,10 +86,10 @@ eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps 
 checkpoint_interval = 500 # steps between checkpoints
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
-micro_batch_tokens = 0 # tokens in one forward and backward pass: lower it when memory runs out
+micro_batch_tokens = 0 # tokens in one forward and backward pass; halved where memory runs out
 activation_checkpointing = False # compute each block twice in an update, to keep less in memory
 cpu_offload = False # keep master weights, optimizer state and, between uses, the copies of the policy on the CPU
-rollout_rows = 0 # responses sampled side by side: lower it when memory runs out
+rollout_rows = 0 # responses sampled side by side; halved where memory runs out
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
@@ -197,6 +197,33 @@ def main():
 # --------------------------------------------------------------------------------------------------------------------
 # The parts of a step
 
+def shrinks(setting):
+    """Where memory runs out in the function below, half as much at a time is tried: `setting` is halved and stays so.
+    Not with several ranks, for those that had room would wait for ever."""
+    def decorate(function):
+        @functools.wraps(function)
+        def attempt(run, *args, **options):
+            while True:
+                try:
+                    return function(run, *args, **options)
+                except RuntimeError as error:
+                    if not out_of_memory(error) or world_size > 1 or globals()[setting] < 2:
+                        raise
+                globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
+                run.model.zero_grad()
+                if device.startswith('cuda'):
+                    torch.cuda.empty_cache()
+                print0(f"out of memory: going on with --{setting}={globals()[setting]}")
+        return attempt
+    return decorate
+
+
+def out_of_memory(error):
+    """CUDA, MPS and the CPU each say it in their own words."""
+    return re.search("out of memory|can't allocate memory|not enough memory", str(error))
+
+
+@shrinks('micro_batch_tokens')
 def warm_up_step(run):
     """One optimizer step of imitation on fresh demonstrations; returns its metrics, with the mean loss per token."""
     started, sequences = time.time(), []
@@ -273,6 +300,7 @@ def training_problems(run):
     return problems, run.values[chosen]
 
 
+@shrinks('rollout_rows')
 def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     """
     Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for
@@ -311,6 +339,7 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     return batch, dict(rollout=sampled - started, grading=time.time() - sampled)
 
 
+@shrinks('micro_batch_tokens')
 def update(run, batch, stored_values, seconds):
     """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
     tokens, mask, rewards = batch['tokens'], batch['mask'], batch['reward']
@@ -1106,11 +1135,11 @@ if __name__ == '__main__':
         main()
     except OSError as error: # an out_dir that cannot be written, a full disk, an output that nobody reads any more
         sys.exit(f"error: {error.filename or 'the output'}: {error.strerror}")
-    except RuntimeError as error: # CUDA, MPS and the CPU each say it in their own words
+    except RuntimeError as error:
         if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
             sys.exit(f"error: rank {rank} lost another rank, which died; go on with --init_from=resume "
                      f"({str(error).splitlines()[0][:120]})")
-        if not re.search("out of memory|can't allocate memory|not enough memory", str(error)):
+        if not out_of_memory(error):
             raise
-        sys.exit(f"error: rank {rank} is out of memory: halve --micro_batch_tokens={micro_batch_tokens}, and if that "
-                 f"does not help --rollout_rows={rollout_rows}; what is saved goes on with --init_from=resume")
+        sys.exit(f"error: rank {rank} is out of memory: lower --micro_batch_tokens={micro_batch_tokens}, "
+                 f"--rollout_rows={rollout_rows} or the model's size; what is saved goes on with --init_from=resume")

@@ -12,7 +12,8 @@ responses.
 
 Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on ours also drawing
 the problems, the value head and all metrics. Not included: stage 1 (TRL is given some V*), TRL's data loader, logging,
-saving. TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no gradient checkpointing,
+saving. Under the table: how many floating-point operations the matrix multiplies of one of our steps make, and the
+seconds these take at the rate of a large one, which no step in float32 can go below. TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no gradient checkpointing,
 top_k=0 (None becomes transformers' 50), and the allocator settings of train.py. Learning rates are 1e-6, so that
 responses keep their length. The steps come in pairs, theirs and then ours on the same problems, in one process; the
 ratio is the median over the pairs, with the least and the greatest.
@@ -26,6 +27,7 @@ import tempfile
 import time
 
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
@@ -114,10 +116,29 @@ class Pairs(transformers.TrainerCallback):
 
     def on_step_end(self, *_, **__):
         middle = time.time()
-        problems, values = train.training_problems(self.run)
-        batch, seconds = train.rollout(self.run, problems, train.TRAIN, train.temperature)
-        self.lengths.append(train.update(self.run, batch, values, seconds)['length'])
+        self.lengths.append(our_step(self.run)['length'])
         self.seconds.append((middle - self.started, time.time() - middle))
+
+
+def our_step(run):
+    problems, values = train.training_problems(run)
+    batch, seconds = train.rollout(run, problems, train.TRAIN, train.temperature)
+    return train.update(run, batch, values, seconds)
+
+
+def print_bound(run):
+    """The least that a step could take: its matrix multiplies at the rate of a large one."""
+    x = torch.randn(2048, 2048)
+    seconds = []
+    for _ in range(10):
+        started = time.time()
+        x @ x
+        seconds.append(time.time() - started)
+    rate = 2 * 2048 ** 3 / statistics.median(seconds)
+    with FlopCounterMode(display=False) as counter:
+        our_step(run)
+    flops = counter.get_total_flops()
+    print(f'{flops / 1e9:,.0f} GFLOP, {flops / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s', file=sys.stderr)
 
 
 def check(run, trainer, rows=32):
@@ -176,3 +197,4 @@ for row in args.rows.split(','):
     print(f'| {task}, {prompts} prompts, {"at most " if ends else ""}{limit} tokens | '
           f'{run.model.num_params() / 1e6:.1f} M | {statistics.mean(pairs.lengths):.0f} | {ours:.2f} | {theirs:.2f} | '
           f'{statistics.median(ratios):.1f} ({ratios[0]:.1f} to {ratios[-1]:.1f}) |', flush=True)
+    print_bound(run)
