@@ -19,7 +19,7 @@ import sys
 
 import train
 from model import save_pretrained
-from tasks import END_THINK, extract_answer, reachable
+from tasks import END_THINK, extract_answer
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 INDENT = '\n' + 10 * ' '
@@ -109,7 +109,8 @@ def show(run, problems, num_samples, temperature):
         print(f'\nanswer    {"none" if answer is None else answer}')
         verdict = 'correct' if batch['correct'][best] else \
             f'cut off after {train.max_new_tokens} tokens' if truncated else \
-            'wrong' if batch['formatted'][best] else 'not in the format'
+            f'wrong: {run.task.explain(problem, answer)}'.rstrip(': ') if batch['formatted'][best] else \
+            'not in the format'
         print(f'verdict   {verdict}' +
               (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))
     if len(problems) > 1 or num_samples > 1:
@@ -118,8 +119,8 @@ def show(run, problems, num_samples, temperature):
 
 def show_problem(run, problem):
     print('\nproblem   ' + run.task.prompt(problem).removesuffix('<think>').replace('\n', INDENT))
-    if hasattr(problem, 'target') and problem.target not in reachable(tuple(sorted(problem.numbers))):
-        print("          (cannot be solved by whole-number steps)")
+    if remark := run.task.remark(problem):
+        print(f'          ({remark})')
     print('thinking  ', end='')
 
 

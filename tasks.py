@@ -146,6 +146,14 @@ class Task:
         """Equal for the same puzzle written differently; a problem that is a text is that already."""
         return problem
 
+    def remark(self, problem):
+        """What sample.py says beside a problem that was typed: why it cannot be solved, or is unlike the others."""
+        return ''
+
+    def explain(self, problem, answer):
+        """What sample.py says of an answer that parses and is wrong."""
+        return ''
+
     def is_test(self, problem):
         """About a tenth of all puzzles, chosen by a stable hash: never trained on, neither in warm-up nor later."""
         return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
@@ -243,6 +251,21 @@ class Countdown(Task):
 
     def difficulty(self, problem):
         return f'{len(problem.numbers)} numbers'
+
+    def remark(self, problem):
+        numbers, target = problem
+        if target not in reachable(tuple(sorted(numbers))):
+            return 'cannot be solved by whole-number steps'
+        usual = self.min_numbers <= len(numbers) <= self.max_numbers and max(numbers) <= self.max_number
+        return '' if usual and target <= self.max_target else \
+            f'unlike those it learned from: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, ' \
+            f'targets up to {self.max_target}'
+
+    def explain(self, problem, answer):
+        value, used = evaluate(answer)
+        if sorted(used) != sorted(problem.numbers):
+            return 'it does not use each number once'
+        return 'it divides by zero' if value is None else f'it makes {value}'
 
     def demonstration(self, problem, rng):
         """
@@ -400,6 +423,12 @@ class Multiplication(Task):
 
     def difficulty(self, problem):
         return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
+
+    def remark(self, problem):
+        return '' if max(problem) <= self.max_factor else f'unlike those it learned from: factors up to {self.max_factor}'
+
+    def explain(self, problem, answer):
+        return f'it is {problem.a * problem.b}'
 
     def demonstration(self, problem, rng):
         """

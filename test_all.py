@@ -1007,6 +1007,19 @@ def test_truncated_responses_earn_nothing(settings, monkeypatch):
         and batch['truncated'].tolist() == [0, 1]
 
 
+def test_tasks_say_what_is_wrong_with_a_problem_or_an_answer():
+    task, problem = Countdown(), CountdownProblem((3, 5, 7), 22)
+    assert task.explain(problem, '3*5+5') == task.explain(problem, '3*5') == 'it does not use each number once'
+    assert task.explain(problem, '3+5+7') == 'it makes 15' and task.explain(problem, '(5-3)/7') == 'it makes 2/7'
+    assert task.explain(CountdownProblem((1, 1, 2), 5), '2/(1-1)') == 'it divides by zero'
+    assert task.remark(problem) == '' and task.remark(CountdownProblem((1, 1, 1), 99)).startswith('cannot be solved')
+    for numbers, target in ((3, 5), 8), ((21, 1, 1), 21), ((20, 20, 1), 400), ((1, 2, 3, 4, 5), 15):
+        assert task.remark(CountdownProblem(numbers, target)).startswith('unlike those it learned from')
+    task = Multiplication()
+    assert task.explain(task.parse('12*12'), '145') == 'it is 144'
+    assert task.remark(task.parse('99*99')) == '' and task.remark(task.parse('100*9')).endswith('factors up to 99')
+
+
 def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     out, _ = trained
     checkpoint = f'--checkpoint={out}/tinyzero_astarpo_final.pt'
