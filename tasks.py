@@ -435,15 +435,19 @@ class Multiplication(Task):
         Of mixed quality, as texts by people are: a third give the answer at once, a third write the product with each
         digit of b and add these up, a third break it down to the products of single digits. All are right; but the less
         is written, the harder it is to say. Which way of thinking pays is for A*PO to find out.
+
+        Numbers in the working stand with their units first, 74*03=0141, so that a carry is known before the digit that
+        needs it (Lee et al., arXiv 2307.03381); written the usual way, nearly all of the last errors were carries.
         """
+        back = lambda n: str(n)[::-1]
         digits = lambda n: [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(n)))]
         detail = rng.integers(3)
         lines, total = [], 0
         for y in digits(problem.b) if detail else []:
             for x in digits(problem.a) if detail == 2 else [problem.a]:
-                lines.append(f'{x}*{y}={x * y}')
+                lines.append(f'{back(x)}*{back(y)}={back(x * y)}')
                 if len(lines) > 1:
-                    lines.append(f'{total}+{x * y}={total + x * y}')
+                    lines.append(f'{back(total)}+{back(x * y)}={back(total + x * y)}')
                 total += x * y
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.a * problem.b}{END_ANSWER}'
 
