@@ -11,16 +11,18 @@ and 4 responses end by themselves. First both must give the same log-probabiliti
 responses.
 
 Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on ours also drawing
-the problems, the value head and all metrics. Not included: stage 1 (TRL is given some V*), TRL's data loader, logging,
-saving. Under the table: how many floating-point operations the matrix multiplies of one of our steps make, and the
-seconds these take at the rate of a large one, which no step in float32 can go below. TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no gradient checkpointing,
-top_k=0 (None becomes transformers' 50), and the allocator settings of train.py. Learning rates are 1e-6, so that
-responses keep their length. The steps come in pairs, theirs and then ours on the same problems, in one process; the
-ratio is the median over the pairs, with the least and the greatest.
+the problems, the value head and all metrics. Not included: stage 1 (TRL is given some V*), TRL's data loader,
+logging, saving. Under the table: how many floating-point operations the matrix multiplies of one of our steps make,
+and the seconds these take at the rate of a large one, which no step in float32 can go below, and the share of these
+and of attention in a profile. TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no
+gradient checkpointing, top_k=0 (None becomes transformers' 50), and the allocator settings of train.py. Learning
+rates are 1e-6, so that responses keep their length. The steps come in pairs, theirs and then ours on the same
+problems, in one process; the ratio is the median over the pairs, with the least and the greatest.
 """
 import argparse
 import dataclasses
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -137,8 +139,13 @@ def print_bound(run):
     rate = 2 * 2048 ** 3 / statistics.median(seconds)
     with FlopCounterMode(display=False) as counter:
         our_step(run)
+    with torch.profiler.profile() as profiler:
+        our_step(run)
+    spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
+    share = lambda words: sum(t for name, t in spent.items() if re.search(words, name)) / sum(spent.values())
     flops = counter.get_total_flops()
-    print(f'{flops / 1e9:,.0f} GFLOP, {flops / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s', file=sys.stderr)
+    print(f'{flops / 1e9:,.0f} GFLOP, {flops / rate:.2f} s at {rate / 1e9:.0f} GFLOP/s; of a profile matrix multiplies are '
+          f"{share('aten::(add)?mm$'):.0%}, attention {share('attention|bmm'):.0%}", file=sys.stderr)
 
 
 def check(run, trainer, rows=32):
