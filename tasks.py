@@ -258,7 +258,7 @@ class Countdown(Task):
             return 'cannot be solved by whole-number steps'
         usual = self.min_numbers <= len(numbers) <= self.max_numbers and max(numbers) <= self.max_number
         return '' if usual and target <= self.max_target else \
-            f'unlike those it learned from: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, ' \
+            f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, ' \
             f'targets up to {self.max_target}'
 
     def explain(self, problem, answer):
@@ -425,7 +425,7 @@ class Multiplication(Task):
         return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
 
     def remark(self, problem):
-        return '' if max(problem) <= self.max_factor else f'unlike those it learned from: factors up to {self.max_factor}'
+        return '' if max(problem) <= self.max_factor else f'outside its training: factors up to {self.max_factor}'
 
     def explain(self, problem, answer):
         return f'it is {problem.a * problem.b}'
