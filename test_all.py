@@ -762,7 +762,7 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
     tiny = [*TINY, '--device=cpu', '--micro_batch_tokens=512', '--checkpoint_interval=5']
     # Stage 1 would refuse a model as raw as that of the short warm-up, so stage 2 starts from another one.
     warmup, stage2 = [*tiny, '--warmup_steps=10', '--max_steps=0'], [
-        *tiny, '--warmup_steps=0', '--max_steps=3', '--learning_rate=1e-5',
+        *tiny, '--warmup_steps=0', '--max_steps=3', '--learning_rate=1e-5', '--value_learning_rate=1e-4',
         f'--init_from={trained[0]}/tinyzero_astarpo_final.pt']
     os.makedirs(tmp_path / 'resumed') # by four ranks, from what two saved
     for name, ranks, arguments in [('warmup1', 1, warmup), ('warmup2', 2, warmup),
@@ -777,7 +777,9 @@ def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
     for one, more in [('warmup1', 'warmup2'), ('warmup1', 'resumed'), ('warmup1', 'warmup2_offload'),
                       ('stage1', 'stage2'), ('stage1', 'stage4'), ('stage1', 'stage1_offload')]:
         a, b = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in (one, more))
-        assert all(torch.allclose(a[name], b[name], atol=2e-5) for name in a), (one, more)
+        # Where a gradient is nearly 0 rounding decides its sign, and AdamW steps as far as elsewhere: not quite all.
+        apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+        assert (apart > 5e-6).float().mean() < 1e-3 and apart.max() < 1e-4, (one, more)
         rows = {row['step']: row for row in metrics(tmp_path / one) if row['phase'] != 'evaluation'}
         for row in [row for row in metrics(tmp_path / more) if row['phase'] != 'evaluation']:
             for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
