@@ -211,6 +211,14 @@ class Transformer(nn.Module):
         of the marked positions only: logits (at.sum(), vocab_size), which spares padding and prompts the widest matrix.
         Raises ValueError when the sequence is longer than max_seq_len.
         """
+        x = self.trunk(tokens, cache)
+        # The value head learns from what the policy knows but does not change it: no gradient flows into the trunk.
+        values = self.value_head(x.detach()).float().sum(-1) # (B, T); a squeeze is a view, which FSDP dislikes
+        logits = self.lm_head(x if at is None else x[at])
+        return logits, values
+
+    def trunk(self, tokens, cache=None):
+        """All but the heads: tokens (B, T) -> (B, T, d_model)."""
         start, T = (cache.length if cache is not None else 0), tokens.size(1)
         if start + T > self.config.max_seq_len:
             raise ValueError(f"a sequence of {start + T} tokens does not fit max_seq_len={self.config.max_seq_len}")
@@ -221,11 +229,7 @@ class Transformer(nn.Module):
                 checkpoint(block, x, cos, sin, None, use_reentrant=False)
         if cache is not None:
             cache.length += T
-        x = self.norm(x)
-        # The value head learns from what the policy knows but does not change it: no gradient flows into the trunk.
-        values = self.value_head(x.detach()).float().sum(-1) # (B, T); a squeeze is a view, which FSDP dislikes
-        logits = self.lm_head(x if at is None else x[at])
-        return logits, values
+        return self.norm(x)
 
 
 @torch.no_grad()

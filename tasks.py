@@ -147,7 +147,7 @@ class Task:
         return problem
 
     def remark(self, problem):
-        """What sample.py says beside a problem that was typed: why it cannot be solved, or is unlike the others."""
+        """What sample.py says beside a problem: why it cannot be solved, or that it is outside the training."""
         return ''
 
     def explain(self, problem, answer):
@@ -428,7 +428,7 @@ class Multiplication(Task):
         return '' if max(problem) <= self.max_factor else f'outside its training: factors up to {self.max_factor}'
 
     def explain(self, problem, answer):
-        return f'it is {problem.a * problem.b}'
+        return f'the product is {problem.a * problem.b}'
 
     def demonstration(self, problem, rng):
         """

@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 
 import numpy as np
@@ -86,10 +87,10 @@ eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps 
 checkpoint_interval = 500 # steps between checkpoints
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
-micro_batch_tokens = 0 # tokens in one forward and backward pass; halved where memory runs out
+micro_batch_tokens = 0 # tokens in one forward and backward pass; halved where memory runs out, on one rank
 activation_checkpointing = False # compute each block twice in an update, to keep less in memory
 cpu_offload = False # keep master weights, optimizer state and, between uses, the copies of the policy on the CPU
-rollout_rows = 0 # responses sampled side by side; halved where memory runs out
+rollout_rows = 0 # responses sampled side by side; halved where memory runs out, on one rank
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
@@ -199,7 +200,8 @@ def main():
 
 def shrinks(setting):
     """Where memory runs out in the function below, half as much at a time is tried: `setting` is halved and stays so.
-    Not with several ranks, for those that had room would wait for ever."""
+    Not where the model is sharded, for FSDP cannot be interrupted, nor in an optimizer's step, which may be half done.
+    """
     def decorate(function):
         @functools.wraps(function)
         def attempt(run, *args, **options):
@@ -207,7 +209,8 @@ def shrinks(setting):
                 try:
                     return function(run, *args, **options)
                 except RuntimeError as error:
-                    if not out_of_memory(error) or world_size > 1 or globals()[setting] < 2:
+                    stepping = 'optimizer_step' in [call.name for call in traceback.extract_tb(error.__traceback__)]
+                    if not out_of_memory(error) or stepping or world_size > 1 or cpu_offload or globals()[setting] < 2:
                         raise
                 globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
                 run.model.zero_grad()
@@ -220,7 +223,7 @@ def shrinks(setting):
 
 def out_of_memory(error):
     """CUDA, MPS and the CPU each say it in their own words."""
-    return re.search("out of memory|can't allocate memory|not enough memory", str(error))
+    return re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error))
 
 
 @shrinks('micro_batch_tokens')
@@ -271,13 +274,17 @@ def estimate_values(run):
     if solved == 0:
         fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
              "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
-    # The head reads only the prompt, so this costs a few seconds.
-    ends = batch['mask'][::num_responses_per_prompt].int().argmax(1, keepdim=True) - 1 # where the prompts end
+    # The head reads one vector of each prompt, that at its end, which the reference, now the policy, knows too.
+    ends = batch['mask'][::num_responses_per_prompt].int().argmax(1) - 1
     tokens = batch['tokens'][::num_responses_per_prompt, :int(ends.max()) + 1]
+    rows = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // tokens.size(1)))
+    with torch.no_grad(), on_device(run.reference):
+        features = torch.cat([run.reference.trunk(tokens[r])[range(len(r)), ends[r]] for r in rows]).float()
     for _ in range(100):
-        with autocast():
-            _, values = run.model(tokens, at=torch.zeros_like(tokens, dtype=torch.bool))
-        (value_loss(values.gather(1, ends).squeeze(1), local_rewards, beta1) * run.loss_scale).backward()
+        head = [unshard(p).detach().requires_grad_() for p in run.model.value_head.parameters()]
+        loss = value_loss(F.linear(features, *head).squeeze(1), local_rewards, beta1)
+        for p, gradient in zip(run.model.value_head.parameters(), torch.autograd.grad(loss * run.loss_scale, head)):
+            p.grad = shard(all_sum(gradient) / world_size, p)
         optimizer_step(run)
 
 
@@ -682,7 +689,7 @@ def optimizer_step(run):
         if p.grad is not None:
             p.grad /= run.loss_scale
     norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
-    norm = (norm.full_tensor() if hasattr(norm, 'full_tensor') else norm).item()
+    norm = unshard(norm).item()
     run.bad_steps = 0 if math.isfinite(norm) else run.bad_steps + 1
     if run.bad_steps == 0:
         for optimizer in run.optimizers:
