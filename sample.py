@@ -109,7 +109,7 @@ def show(run, problems, num_samples, temperature):
         print(f'\nanswer    {"none" if answer is None else answer}')
         verdict = 'correct' if batch['correct'][best] else \
             f'cut off after {train.max_new_tokens} tokens' if truncated else \
-            f'wrong: {run.task.explain(problem, answer)}'.rstrip(': ') if batch['formatted'][best] else \
+            ': '.join(filter(None, ('wrong', run.task.explain(problem, answer)))) if batch['formatted'][best] else \
             'not in the format'
         print(f'verdict   {verdict}' +
               (f'; {solved} of {num_samples} samples correct, the best is shown' if num_samples > 1 else ''))

@@ -256,10 +256,11 @@ class Countdown(Task):
         numbers, target = problem
         if target not in reachable(tuple(sorted(numbers))):
             return 'cannot be solved by whole-number steps'
-        usual = self.min_numbers <= len(numbers) <= self.max_numbers and max(numbers) <= self.max_number
-        return '' if usual and target <= self.max_target else \
-            f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, ' \
-            f'targets up to {self.max_target}'
+        if (self.min_numbers <= len(numbers) <= self.max_numbers and 1 <= target <= self.max_target
+                and 1 <= min(numbers) and max(numbers) <= self.max_number):
+            return ''
+        return (f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, '
+                f'targets up to {self.max_target}')
 
     def explain(self, problem, answer):
         value, used = evaluate(answer)
@@ -425,7 +426,8 @@ class Multiplication(Task):
         return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
 
     def remark(self, problem):
-        return '' if max(problem) <= self.max_factor else f'outside its training: factors up to {self.max_factor}'
+        usual = 1 <= min(problem) and max(problem) <= self.max_factor
+        return '' if usual else f'outside its training: factors up to {self.max_factor}'
 
     def explain(self, problem, answer):
         return f'the product is {problem.a * problem.b}'

@@ -878,7 +878,7 @@ def test_out_of_memory_names_the_settings_to_lower(tmp_path):
     process = run(driver, *TINY, '--warmup_steps=1', f'--out_dir={tmp_path}/run', '--device=cpu',
                   env={**os.environ, 'PYTHONPATH': HERE})
     assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
-    assert re.match('error: rank 0 is out of memory: lower --micro_batch_tokens=2048, --rollout_rows=1024', process.stderr)
+    assert re.match('error: rank 0 is out of memory: lower --micro_batch_tokens=2048, --rollout_rows', process.stderr)
 
 
 def test_where_memory_runs_out_a_step_is_taken_in_smaller_pieces(settings, tmp_path, monkeypatch, capsys):
@@ -1015,7 +1015,7 @@ def test_tasks_say_what_is_wrong_with_a_problem_or_an_answer():
     assert task.explain(problem, '3+5+7') == 'it makes 15' and task.explain(problem, '(5-3)/7') == 'it makes 2/7'
     assert task.explain(CountdownProblem((1, 1, 2), 5), '2/(1-1)') == 'it divides by zero'
     assert task.remark(problem) == '' and task.remark(CountdownProblem((1, 1, 1), 99)).startswith('cannot be solved')
-    for numbers, target in ((3, 5), 8), ((21, 1, 1), 21), ((20, 20, 1), 400), ((1, 2, 3, 4, 5), 15):
+    for numbers, target in ((3, 5), 8), ((21, 1, 1), 21), ((20, 20, 1), 400), ((1, 2, 3, 4, 5), 15), ((3, 3, 5), 0):
         assert task.remark(CountdownProblem(numbers, target)).startswith('outside its training')
     task = Multiplication()
     assert task.explain(task.parse('12*12'), '145') == 'the product is 144'
