@@ -25,7 +25,6 @@ import signal
 import subprocess
 import sys
 import time
-import traceback
 import zipfile
 
 import numpy as np
@@ -200,7 +199,7 @@ def main():
 
 def shrinks(setting):
     """Where memory runs out in the function below, half as much at a time is tried: `setting` is halved and stays so.
-    Not where the model is sharded, for FSDP cannot be interrupted, nor in an optimizer's step, which may be half done.
+    Not where the model is sharded, for FSDP cannot be interrupted. No optimizer steps in there: it might be half done.
     """
     def decorate(function):
         @functools.wraps(function)
@@ -209,8 +208,7 @@ def shrinks(setting):
                 try:
                     return function(run, *args, **options)
                 except RuntimeError as error:
-                    stepping = 'optimizer_step' in [call.name for call in traceback.extract_tb(error.__traceback__)]
-                    if not out_of_memory(error) or stepping or world_size > 1 or cpu_offload or globals()[setting] < 2:
+                    if not out_of_memory(error) or world_size > 1 or cpu_offload or globals()[setting] < 2:
                         raise
                 globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
                 run.model.zero_grad()
@@ -226,7 +224,6 @@ def out_of_memory(error):
     return re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error))
 
 
-@shrinks('micro_batch_tokens')
 def warm_up_step(run):
     """One optimizer step of imitation on fresh demonstrations; returns its metrics, with the mean loss per token."""
     started, sequences = time.time(), []
@@ -248,16 +245,24 @@ def warm_up_step(run):
 
     progress = run.step / warmup_steps
     scale_learning_rates(run, min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4))
-    total_tokens, total_loss = all_sum(mask.sum()), 0.0
+    total_tokens = all_sum(mask.sum())
+    total_loss = imitation_gradient(run, tokens, mask, total_tokens)
+    optimizer_step(run)
+    run.step += 1
+    return dict(loss=all_sum(total_loss).item(), tokens=int(total_tokens),
+                seconds_update=round(time.time() - started, 3))
+
+
+@shrinks('micro_batch_tokens')
+def imitation_gradient(run, tokens, mask, total_tokens):
+    """Accumulate the gradient of the mean loss per token over all ranks; returns this rank's part of that loss."""
+    total_loss = 0.0
     for rows in micro_batches(mask):
         logprobs, _ = token_logprobs(run.model, *trim(tokens[rows], mask[rows]))
         loss = -logprobs.sum() / total_tokens
         (loss * world_size * run.loss_scale).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
-    optimizer_step(run)
-    run.step += 1
-    return dict(loss=all_sum(total_loss).item(), tokens=int(total_tokens),
-                seconds_update=round(time.time() - started, 3))
+    return total_loss
 
 
 def estimate_values(run):
@@ -274,7 +279,8 @@ def estimate_values(run):
     if solved == 0:
         fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
              "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
-    # The head reads one vector of each prompt, that at its end, which the reference, now the policy, knows too.
+    # The head reads one vector of each prompt, at its end. It is taken once and from the reference, here the same as the
+    # policy, which would keep the graph of every prompt.
     ends = batch['mask'][::num_responses_per_prompt].int().argmax(1) - 1
     tokens = batch['tokens'][::num_responses_per_prompt, :int(ends.max()) + 1]
     rows = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // tokens.size(1)))
@@ -347,8 +353,9 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
 
 
 @shrinks('micro_batch_tokens')
-def update(run, batch, stored_values, seconds):
-    """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
+def policy_gradient(run, batch, stored_values, seconds, total_tokens):
+    """Accumulate the gradient of A*PO's loss (or GRPO's) on a batch of rollout. Returns the log-probabilities of the
+    responses under policy, reference and base, and V*, (B,) each; the time of the reference goes to seconds."""
     tokens, mask, rewards = batch['tokens'], batch['mask'], batch['reward']
     pieces = [(rows, *trim(tokens[rows], mask[rows])) for rows in micro_batches(mask)]
     logprobs, ref_logprobs, base_logprobs, values = (torch.zeros_like(rewards) for _ in range(4))
@@ -360,7 +367,6 @@ def update(run, batch, stored_values, seconds):
                 token_logprobs(run.base, *piece)[0], piece[1])
     seconds['reference'] = time.time() - started
 
-    started, total_tokens = time.time(), all_sum(mask.sum())
     advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1) if algorithm == 'grpo' else None
     for rows, *piece in pieces:
         by_token, head_values = token_logprobs(run.model, *piece)
@@ -374,10 +380,17 @@ def update(run, batch, stored_values, seconds):
             loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
             loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
         (loss * run.loss_scale).backward()
+    return logprobs, ref_logprobs, base_logprobs, values
+
+
+def update(run, batch, stored_values, seconds):
+    """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
+    started, rewards, total_tokens = time.time(), batch['reward'], all_sum(batch['mask'].sum())
+    logprobs, ref_logprobs, base_logprobs, values = policy_gradient(run, batch, stored_values, seconds, total_tokens)
     scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     grad_norm = optimizer_step(run)
     run.step += 1
-    seconds['update'] = time.time() - started
+    seconds['update'] = time.time() - started - seconds['reference']
 
     residual = beta2 * (logprobs - ref_logprobs) - (rewards - values)
     columns = dict(reward=rewards, accuracy=batch['correct'], formatted=batch['formatted'],
