@@ -146,6 +146,10 @@ class Task:
         """Equal for the same puzzle written differently; a problem that is a text is that already."""
         return problem
 
+    def difficulty(self, problem):
+        """The group of problems that accuracy is reported by."""
+        return 'all'
+
     def remark(self, problem):
         """What sample.py says beside a problem: why it cannot be solved, or that it is outside the training."""
         return ''
@@ -506,16 +510,10 @@ class Chain(Task):
         return grade_number(response, self.value(problem))
 
 
-class EquationProblem(NamedTuple):
-    a: int
-    b: int
-    c: int
-
-
 class Equation(Task):
     """
-    Which whole number x makes a*x+b=c? Half of the demonstrations answer at once, half write two steps: 22-7=15 and
-    15/3=5.
+    Which whole number x makes a*x+b=c? A problem is that text. Half of the demonstrations answer at once, half write
+    two steps: 22-7=15 and 15/3=5.
     """
 
     def __init__(self, max_number=20):
@@ -524,32 +522,31 @@ class Equation(Task):
 
     def problem(self, rng):
         a, b, x = (int(rng.integers(low, high + 1)) for low, high in ((2, 9), (1, 99), (1, self.max_number)))
-        return EquationProblem(a, b, a * x + b)
+        return f'{a}*x+{b}={a * x + b}'
+
+    def solution(self, problem):
+        a, b, c = map(int, re.findall('[0-9]+', problem))
+        return a, b, c, (c - b) / a
 
     def prompt(self, problem):
-        text = self.canonical(problem)
-        return self.ask(text, f'Which whole number x solves {text}?', 'the number', '1009')
+        return self.ask(problem, f'Which whole number x solves {problem}?', 'the number', '1009')
 
     def parse(self, text):
         match = re.fullmatch(r'([1-9][0-9]{0,4})\*?x\+([0-9]{1,4})=([0-9]{1,6})', text.replace(' ', '').strip())
         if not match:
             raise ValueError(f"{text.strip()[:80]!r} is no equation; write it like '3*x+7=22'")
-        return EquationProblem(*map(int, match.groups()))
-
-    def canonical(self, problem):
-        return '{}*x+{}={}'.format(*problem)
+        return '{}*x+{}={}'.format(*map(int, match.groups()))
 
     def difficulty(self, problem):
-        return 'x up to 10' if problem.c - problem.b <= 10 * problem.a else 'x above 10'
+        return 'x up to 10' if self.solution(problem)[-1] <= 10 else 'x above 10'
 
     def demonstration(self, problem, rng):
-        a, b, c = problem
-        x = (c - b) // a
-        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x}'] if rng.integers(2) else []
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x}{END_ANSWER}'
+        a, b, c, x = self.solution(problem)
+        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x:.0f}'] if rng.integers(2) else []
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x:.0f}{END_ANSWER}'
 
     def grade(self, problem, response):
-        return grade_number(response, (problem.c - problem.b) / problem.a)
+        return grade_number(response, self.solution(problem)[-1])
 
 
 class Grid(Task):
@@ -558,76 +555,52 @@ class Grid(Task):
     random, never twice over one place (`U31` is a step up to row 3, column 1), start again on a new line when they are
     stuck, and then may give up. The answer is the steps: UURDR.
     """
-    moves = dict(U=-6, D=6, L=-1, R=1) # in the text, where a row is six characters with its '/'
 
-    def __init__(self):
-        self.tokens = TAGS + list('.#SG/UDLR\n') + [str(n) for n in range(5)]
+    tokens = TAGS + list('.#SG/UDLR\n01234')
+
+    def ways(self, grid, place):
+        """The steps that can be taken from a place in the text, {letter: where it leads}; a row is six characters."""
+        return {letter: place + step for letter, step in dict(U=-6, D=6, L=-1, R=1).items()
+                if 0 <= place + step < len(grid) and grid[place + step] not in '#/'}
 
     def problem(self, rng):
         while True:
             cells = rng.choice(list('..#'), 25)
             cells[rng.choice(25, 2, replace=False)] = 'S', 'G'
-            grid = '/'.join(''.join(row) for row in cells.reshape(5, 5))
-            if self.distance(grid):
+            grid = '/'.join(map(''.join, cells.reshape(5, 5)))
+            reached = {grid.index('S')}
+            for _ in range(24):
+                reached |= {to for place in reached for to in self.ways(grid, place).values()}
+            if grid.index('G') in reached:
                 return grid
-
-    def ways(self, grid, place):
-        """The steps that can be taken from a place, {letter: where it leads}."""
-        return {letter: place + move for letter, move in self.moves.items()
-                if 0 <= place + move < len(grid) and grid[place + move] not in '#/'}
-
-    def distance(self, grid):
-        """Steps from S to G on the shortest path, or 0 where there is none."""
-        places = seen = {grid.index('S')}
-        for steps in range(25):
-            if grid.index('G') in places:
-                return steps
-            places = {to for place in places for to in self.ways(grid, place).values()} - seen
-            seen = seen | places
-        return 0
 
     def prompt(self, problem):
         return self.ask(problem, f'Walk from S to G, not through #, on the grid {problem}, whose rows are separated '
                         'by /. U is up, D down, L left, R right.', 'the steps', 'UURDDL') # ends where it began
 
     def parse(self, text):
-        text = text.strip()
-        if not re.fullmatch('([.#SG]{5}/){4}[.#SG]{5}', text) or text.count('S') != 1 or text.count('G') != 1:
+        if not re.fullmatch('([.#SG]{5}/){4}[.#SG]{5}', text := text.strip()) or {*map(text.count, 'SG')} != {1}:
             raise ValueError(f"{text[:80]!r} is no grid; write it like 'S.#../.##../...../.#.#./....G'")
         return text
 
-    def difficulty(self, problem):
-        distance = self.distance(problem)
-        return f'{distance} steps' if distance < 6 else '6 steps or more'
-
     def demonstration(self, problem, rng):
-        lines = []
+        lines, goal = [], problem.index('G')
         for _ in range(rng.integers(1, 4)):
-            place, line, steps = problem.index('S'), '', ''
-            seen = {place}
-            while problem[place] != 'G':
-                ways = [way for way in self.ways(problem, place).items() if way[1] not in seen]
-                if not ways:
-                    break
-                letter, place = ways[rng.integers(len(ways))]
-                seen.add(place)
-                line, steps = f'{line}{letter}{place // 6}{place % 6}', steps + letter
-            lines.append(line)
-            if problem[place] == 'G':
+            walk = {problem.index('S'): ''} # each place, and the step that led to it
+            while (place := [*walk][-1]) != goal and (
+                    ways := [(to, step) for step, to in self.ways(problem, place).items() if to not in walk]):
+                walk.update([ways[rng.integers(len(ways))]])
+            lines.append(''.join(f'{step}{to // 6}{to % 6}' for to, step in walk.items() if step))
+            if goal in walk:
                 break
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{steps}{END_ANSWER}'
+        return '\n'.join(lines) + f"{END_THINK}{ANSWER}{''.join(walk.values())}{END_ANSWER}"
 
     def grade(self, problem, response):
-        match = re.fullmatch(f'{WHITE}([UDLR]+){WHITE}', extract_answer(response) or '')
-        if not match:
-            return WRONG
+        steps = re.fullmatch(f'{WHITE}([UDLR]+){WHITE}', extract_answer(response) or '')
         place = problem.index('S')
-        for letter in match[1]:
-            place = self.ways(problem, place).get(letter)
-            if place is None:
-                return Grade(0.0, False, True)
-        correct = problem[place] == 'G'
-        return Grade(float(correct), correct, True)
+        for step in steps[1] if steps else '':
+            place = self.ways(problem, place).get(step, -9) # from there no way leads on
+        return Grade(float(place == problem.index('G')), place == problem.index('G'), steps is not None)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -683,9 +656,6 @@ class ReasoningGym(Task):
 
     def canonical(self, problem):
         return problem['question']
-
-    def difficulty(self, problem):
-        return self.name
 
     def grade(self, problem, response):
         """Right is what the package's scorer gives 1, and 0 where it raises or is stopped. What is between is paid by

@@ -279,8 +279,8 @@ def estimate_values(run):
     if solved == 0:
         fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
              "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
-    # The head reads one vector of each prompt, at its end. It is taken once and from the reference, here the same as the
-    # policy, which would keep the graph of every prompt.
+    # The head reads one vector of each prompt, at its end. It is taken once and from the reference, here the same as
+    # the policy, which would keep the graph of every prompt.
     ends = batch['mask'][::num_responses_per_prompt].int().argmax(1) - 1
     tokens = batch['tokens'][::num_responses_per_prompt, :int(ends.max()) + 1]
     rows = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // tokens.size(1)))
@@ -782,12 +782,12 @@ def configure(argv):
             globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
-    found = dict({size: checkpoint['config'][size] for size in SIZES['small']}, warmup_steps=0) if checkpoint else {}
-    for size in SIZES['small'] if checkpoint else ():
-        if given.get(size, found[size]) != found[size]:
-            fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {found[size]}")
+    sizes = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
+    for size, value in sizes.items():
+        if given.get(size, value) != value:
+            fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {value}")
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
-    auto = AUTO[kind] | AUTO.get((task, kind), {}) | found | pretrained
+    auto = AUTO[kind] | AUTO.get((task, kind), {}) | sizes | pretrained | (dict(warmup_steps=0) if checkpoint else {})
     chosen = {} if init_from == 'resume' else { # all was settled then
         k: v for k, v in auto.items() if k not in given and (not globals()[k] or k in pretrained)}
     globals().update(chosen)
@@ -875,24 +875,16 @@ def check_settings():
     for name, allowed in choices.items():
         if globals()[name] not in allowed:
             fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
-    for name in ('batch_size', 'warmup_batch_size', 'num_train_samples', 'max_new_tokens', 'num_responses_per_prompt',
-                 'num_eval_samples', 'micro_batch_tokens', 'rollout_rows', 'eval_interval', 'checkpoint_interval',
-                 'max_number', 'max_target', 'max_factor', *SIZES['small']):
-        if globals()[name] < 1:
-            fail(f"--{name} must be at least 1, not {globals()[name]}")
-    for name, meaning in dict(warmup_steps='none', max_steps='none', keep_checkpoints='all',
-                              ref_update_interval='never', eval_temperature='greedy').items():
-        if globals()[name] < 0:
-            fail(f"--{name} must be 0 ({meaning}) or above, not {globals()[name]}")
-    for name in ('beta1', 'beta2', 'temperature', 'learning_rate', 'warmup_learning_rate',
-                 'value_learning_rate', 'grad_clip'):
-        if not 0 < globals()[name] < math.inf:
-            fail(f"--{name} must be above 0, not {globals()[name]}" + ("; sampling is what A*PO learns from, "
-                 "only --eval_temperature may be 0" if name == 'temperature' else ''))
+    may_be_zero = ('seed', 'warmup_steps', 'warmup_muon_learning_rate', 'max_steps', 'ref_update_interval',
+                   'partial_credit', 'eval_temperature', 'keep_checkpoints')
+    for name, default in SETTINGS.items():
+        value, least = globals()[name], 'at least 0' if name in may_be_zero else 'above 0'
+        if type(default) in (int, float) and not (0 <= value < 2 ** 63 and (value or name in may_be_zero)):
+            fail(f"--{name} must be {least}, not {value}")
     if not 3 <= min_numbers <= max_numbers <= 6:
         fail(f"countdown takes 3 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
-    if not 0 <= partial_credit < 1:
-        fail(f"--partial_credit must be at least 0 and below 1, not {partial_credit}")
+    if partial_credit >= 1:
+        fail(f"--partial_credit must be below 1, not {partial_credit}")
     unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
     if batch_size % unit or warmup_batch_size % world_size or num_train_samples % world_size:
         fail(f"--batch_size={batch_size} must be a multiple of {unit} "
@@ -969,7 +961,7 @@ def save_checkpoint(run, final=False):
                       config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.state,
                       model=gathered(run.model.state_dict()))
     if not final:
-        checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()) for optimizer in run.optimizers],
+        checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
                            reference=run.reference and run.reference.state_dict(), values=run.values,
                            base=None if run.base is run.reference else run.base.state_dict(), seconds=run.seconds,
                            warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps, loss_scale=run.loss_scale)
@@ -1020,10 +1012,7 @@ def restore(run, checkpoint):
             run.base.load_state_dict(checkpoint['base'])
         run.optimizers = make_optimizers(run.model, learning_rate)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
-        rates = [group['initial_lr'] for group in optimizer.param_groups] # those of today's settings
-        optimizer.load_state_dict(state)
-        for group, rate in zip(optimizer.param_groups, rates):
-            group['initial_lr'] = rate
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state)) # learning rates are today's settings
         for p, averages in optimizer.state.items():
             for name, value in averages.items(): # cloned, for the file is mapped and may have to go
                 averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
