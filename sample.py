@@ -49,10 +49,10 @@ def main():
         return print(f'wrote {args.output}')
     if args.eval and args.prompt is not None:
         train.fail("--eval grades held-out problems, --prompt asks one: choose")
-    if args.num_samples < 1 or args.num_problems < 0 or (args.temperature or 0) < 0 \
-            or args.max_new_tokens is not None and args.max_new_tokens < 1:
+    if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1 \
+            or min(args.num_problems, args.seed) < 0 or not 0 <= (args.temperature or 0) < math.inf:
         train.fail("--num_samples and --max_new_tokens must be at least 1, "
-                   "--num_problems and --temperature not below 0")
+                   "--num_problems, --seed and --temperature at least 0")
 
     path = args.checkpoint or newest_run(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
     path = newest_run(path) or path # where it is the folder of a run

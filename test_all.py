@@ -1037,6 +1037,7 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     process = run('sample.py', '--plot', out, out, f'--output={tmp_path}/both.png')
     assert process.returncode == 0 and os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'),
+                         (['--seed=-1'], '--seed'), (['--temperature=nan'], '--temperature'),
                          (['--prompt=' + '1' * 40 + ' * 3'], 'positions'),
                          (['--checkpoint=none.pt'], 'no such checkpoint')):
         process = run('sample.py', checkpoint, *wrong)

@@ -709,7 +709,7 @@ def optimizer_step(run):
             optimizer.step()
     elif run.bad_steps == (25 if dtype == 'float16' else 5):
         fail(f"the gradient was not finite in {run.bad_steps} steps in a row, up to step {run.step}: lower "
-             f"--learning_rate; the last checkpoint in {out_dir} is good")
+             f"--learning_rate or --value_learning_rate; the checkpoints in {out_dir} are good")
     if dtype == 'float16':
         run.loss_scale *= 0.5 if run.bad_steps else 1.002
     run.model.zero_grad()
