@@ -32,6 +32,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch.distributed.tensor import distribute_tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
 from model import SIZES, ModelConfig, Transformer, generate, load_pretrained, read_config
@@ -115,6 +116,7 @@ AUTO = {
                        rollout_rows=256),
 }
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
+LOGS = ('metrics.jsonl', 'samples.jsonl')
 PARTS = ('rollout', 'reference', 'update', 'grading') # of a step of A*PO, timed
 GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length') # what rollout says of a response
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
@@ -197,26 +199,24 @@ def main():
 # --------------------------------------------------------------------------------------------------------------------
 # The parts of a step
 
-def shrinks(setting):
-    """Where memory runs out in the function below, half as much at a time is tried: `setting` is halved and stays so.
+def shrinks(setting, function):
+    """Where memory runs out in the function, half as much at a time is tried: `setting` is halved and stays so.
     Not where the model is sharded, for FSDP cannot be interrupted. No optimizer steps in there: it might be half done.
     """
-    def decorate(function):
-        @functools.wraps(function)
-        def attempt(run, *args, **options):
-            while True:
-                try:
-                    return function(run, *args, **options)
-                except RuntimeError as error:
-                    if not out_of_memory(error) or world_size > 1 or cpu_offload or globals()[setting] < 2:
-                        raise
-                globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
-                run.model.zero_grad()
-                if device.startswith('cuda'):
-                    torch.cuda.empty_cache()
-                print0(f"out of memory: going on with --{setting}={globals()[setting]}")
-        return attempt
-    return decorate
+    @functools.wraps(function)
+    def attempt(run, *args, **options):
+        while True:
+            try:
+                return function(run, *args, **options)
+            except RuntimeError as error:
+                if not out_of_memory(error) or world_size > 1 or cpu_offload or globals()[setting] < 2:
+                    raise
+            globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
+            run.model.zero_grad()
+            if device.startswith('cuda'):
+                torch.cuda.empty_cache()
+            print0(f"out of memory: going on with --{setting}={globals()[setting]}")
+    return attempt
 
 
 def out_of_memory(error):
@@ -236,12 +236,8 @@ def warm_up_step(run):
         else:
             fail(f"--max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
         sequences.append((prompt, response))
-    tokens = torch.full((len(sequences), max(len(p) + len(r) for p, r in sequences)), run.tokenizer.eos)
-    mask = torch.zeros(tokens.shape, dtype=torch.bool)
-    for i, (prompt, response) in enumerate(sequences):
-        tokens[i, :len(prompt) + len(response)] = torch.tensor(prompt + response)
-        mask[i, len(prompt):len(prompt) + len(response)] = True
-    tokens, mask = tokens.to(device), mask.to(device)
+    tokens = pad_sequence([torch.tensor(p + r) for p, r in sequences], True, run.tokenizer.eos).to(device) # (B, T)
+    mask = pad_sequence([torch.arange(len(p + r)) >= len(p) for p, r in sequences], True).to(device)
 
     progress = run.step / warmup_steps
     scale_learning_rates(run, min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4))
@@ -253,7 +249,7 @@ def warm_up_step(run):
                 seconds_update=round(time.time() - started, 3))
 
 
-@shrinks('micro_batch_tokens')
+@functools.partial(shrinks, 'micro_batch_tokens')
 def imitation_gradient(run, tokens, mask, total_tokens):
     """Accumulate the gradient of the mean loss per token over all ranks; returns this rank's part of that loss."""
     total_loss = 0.0
@@ -304,16 +300,15 @@ def training_problems(run):
         return [p for p, _ in draw(run.task, TRAIN, step, batch_size)], None
     # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
     pool = np.flatnonzero(run.values.cpu().numpy() > 0) if filter_failed else np.arange(num_train_samples)
+    order = functools.cache(lambda epoch: np.random.default_rng((seed, TRAIN, epoch)).permutation(pool))
     local = batch_size // world_size
-    where = step * batch_size + rank * local + np.arange(local)
-    orders = {epoch: np.random.default_rng((seed, TRAIN, int(epoch))).permutation(pool)
-              for epoch in set(where // len(pool))}
-    chosen = [int(orders[i // len(pool)][i % len(pool)]) for i in where]
+    first = step * batch_size + rank * local
+    chosen = [int(order(i // len(pool))[i % len(pool)]) for i in range(first, first + local)]
     problems = [run.task.draw(np.random.default_rng((seed, STAGE1, 0, i))) for i in chosen]
     return problems, run.values[chosen]
 
 
-@shrinks('rollout_rows')
+@functools.partial(shrinks, 'rollout_rows')
 def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     """
     Sample `repeat` responses to each problem and grade them. This is the one place where rewards are decided, for
@@ -352,7 +347,7 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     return batch, dict(rollout=sampled - started, grading=time.time() - sampled)
 
 
-@shrinks('micro_batch_tokens')
+@functools.partial(shrinks, 'micro_batch_tokens')
 def policy_gradient(run, batch, stored_values, seconds, total_tokens):
     """Accumulate the gradient of A*PO's loss (or GRPO's) on a batch of rollout. Returns the log-probabilities of the
     responses under policy, reference and base, and V*, (B,) each; the time of the reference goes to seconds."""
@@ -617,11 +612,14 @@ def unshard(x):
     return x.to(device).full_tensor() if hasattr(x, 'full_tensor') else x
 
 
-def frozen_copy(model):
-    """A whole copy of the policy that never trains, in the precision that computes."""
+def frozen_copy(model, weights=None):
+    """A whole copy of the policy that never trains, in the precision that computes; or with these weights instead."""
     whole = Transformer.without_memory(model.config).to(getattr(torch, dtype)).requires_grad_(False)
     whole.allocate('cpu' if cpu_offload else device)
-    copy_weights(model, whole)
+    if weights:
+        whole.load_state_dict(weights)
+    else:
+        copy_weights(model, whole)
     return whole
 
 
@@ -649,10 +647,9 @@ def make_optimizers(model, lr, muon_lr=0.0):
     for name, p in model.named_parameters():
         in_block = muon_lr and p.dim() == 2 and 'blocks' in name
         (head if name.startswith('value_head') else matrices if in_block else rest).append(p)
-    groups = [dict(params=rest, lr=lr, initial_lr=lr),
-              dict(params=head, lr=value_learning_rate, initial_lr=value_learning_rate)]
+    groups = [dict(params=rest, lr=lr), dict(params=head, lr=value_learning_rate)]
     adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0)
-    return [adamw, Muon([dict(params=matrices, lr=muon_lr, initial_lr=muon_lr)])] if matrices else [adamw]
+    return [adamw, Muon([dict(params=matrices, lr=muon_lr)], dict(momentum=0.95))] if matrices else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -662,15 +659,10 @@ class Muon(torch.optim.Optimizer):
     slower than float32.
     """
 
-    def __init__(self, groups, momentum=0.95):
-        super().__init__(groups, dict(momentum=momentum))
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group['params']:
-                if p.grad is None:
-                    continue
                 average = self.state[p].setdefault('average', torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(average, group['momentum']) # Nesterov
@@ -689,9 +681,10 @@ def orthogonalize(x, steps=5):
 
 
 def scale_learning_rates(run, factor):
+    """Learning rates become `factor` of those that the optimizers were made with."""
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = group['initial_lr'] * factor
+            group['lr'] = group.setdefault('initial_lr', group['lr']) * factor
 
 
 def optimizer_step(run):
@@ -701,8 +694,7 @@ def optimizer_step(run):
     for p in run.model.parameters() if dtype == 'float16' else ():
         if p.grad is not None:
             p.grad /= run.loss_scale
-    norm = torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)
-    norm = unshard(norm).item()
+    norm = unshard(torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)).item()
     run.bad_steps = 0 if math.isfinite(norm) else run.bad_steps + 1
     if run.bad_steps == 0:
         for optimizer in run.optimizers:
@@ -723,11 +715,9 @@ def autocast():
 
 
 def gathered(state):
-    """A state dict whose tensors are whole and on the CPU; every rank must call it, rank 0 gets it."""
+    """A state dict of tensors, whole and on the CPU; every rank must call it, rank 0 gets it."""
     if isinstance(state, dict):
         return {name: gathered(value) for name, value in state.items()}
-    if not torch.is_tensor(state):
-        return state
     whole = unshard(state)
     return whole.cpu() if rank == 0 else None
 
@@ -755,31 +745,31 @@ def gather_lists(rows):
 def configure(argv):
     """Settle every setting: defaults, then those stored in a checkpoint that is resumed, then the command line, then
     AUTO. Sets the globals; returns the checkpoint to start from, or None."""
+    global rank, world_size, out_dir
+    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     given = parse_arguments(argv)
     globals().update(given)
-    global rank, world_size, out_dir, device, dtype
-    rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     make_task() # a name that is wrong is said before anything is downloaded
     out_dir = out_dir or os.path.join('out', task.replace(':', '_')) # Windows allows no colon
     there = checkpoints(out_dir)
-    checkpoint = None
+    # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
+    owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
+    checkpoint, stored = None, {}
     if init_from == 'resume':
         if not there:
             fail(f"nothing to resume: there is no checkpoint in {out_dir}")
         checkpoint = newest_whole(there)
-        globals().update({k: v for k, v in checkpoint['settings'].items() if k not in ('out_dir', 'init_from')} | given)
-    else:
-        if there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
-            fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume, or ' if there else ''}"
-                 "choose another --out_dir")
-        # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
-        owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
-        if os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
-            checkpoint = open_pretrained(init_from)
-        elif init_from != 'scratch':
-            checkpoint = load_checkpoint(init_from)
-            given = {k: v for k, v in checkpoint['settings'].items() if k in task_settings()} | given
-            globals().update(given)
+        stored = checkpoint['settings']
+    elif there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
+        fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume, or ' if there else ''}"
+             "choose another --out_dir")
+    elif os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
+        checkpoint = open_pretrained(init_from)
+    elif init_from != 'scratch':
+        checkpoint = load_checkpoint(init_from)
+        stored = {k: v for k, v in checkpoint['settings'].items() if k in task_settings()}
+    given = stored | given | dict(out_dir=out_dir, init_from=init_from)
+    globals().update(given)
     choose_device()
     kind = 'cpu' if device == 'cpu' else 'gpu'
     sizes = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
@@ -788,8 +778,7 @@ def configure(argv):
             fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {value}")
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | sizes | pretrained | (dict(warmup_steps=0) if checkpoint else {})
-    chosen = {} if init_from == 'resume' else { # all was settled then
-        k: v for k, v in auto.items() if k not in given and (not globals()[k] or k in pretrained)}
+    chosen = {k: v for k, v in auto.items() if k not in given and (not globals()[k] or k in pretrained)}
     globals().update(chosen)
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
@@ -819,17 +808,16 @@ def parse_arguments(argv):
         print0(__doc__ + '\n' + '\n'.join(f'  --{name}={default}\n        {comment}' if name else heading.strip('- ')
                                           for name, default, comment, heading in comments))
         sys.exit()
-    given, words = {}, list(argv)
-    while words:
-        word = words.pop(0)
+    given, words = {}, iter(argv)
+    for word in words:
         name, equals, value = word.removeprefix('--').partition('=')
         if not word.startswith('--') or name not in SETTINGS:
             close = difflib.get_close_matches(name, SETTINGS, n=1)
             fail(f"unknown setting {word!r}{f'; did you mean --{close[0]}?' if close else ''} "
                  "(python train.py --help lists all)")
-        if not equals and not words:
+        value, kind = value if equals else next(words, None), type(SETTINGS[name])
+        if value is None:
             fail(f"--{name} needs a value, as in --{name}={SETTINGS[name]}")
-        value, kind = value if equals else words.pop(0), type(SETTINGS[name])
         try:
             given[name] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
         except (KeyError, ValueError):
@@ -858,6 +846,7 @@ def choose_device():
             ctypes.CDLL(None).mallopt(parameter, value)
     if device == 'cuda':
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if device.startswith('cuda'):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
     if dtype == 'auto':
@@ -905,14 +894,13 @@ def load_checkpoint(path):
         fail(f"no such checkpoint: {path}")
     try:
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
-            damaged = archive.testzip()
-        checkpoint = None if damaged else torch.load(path, map_location='cpu', weights_only=True, mmap=True)
+            if archive.testzip():
+                raise zipfile.BadZipFile
+        checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
     except PermissionError as error:
         fail(f"cannot read {path}: {error.strerror}")
     except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
         fail(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): use another one")
-    if damaged:
-        fail(f"{path} is damaged ({damaged}): use an older checkpoint")
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
         fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
     return checkpoint
@@ -967,6 +955,8 @@ def save_checkpoint(run, final=False):
                            warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps, loss_scale=run.loss_scale)
     if rank:
         return
+    paths = {name: os.path.join(out_dir, name) for name in LOGS}
+    checkpoint['logged'] = {name: os.path.getsize(path) for name, path in paths.items() if os.path.exists(path)}
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
     try:
         with open(path + '.tmp', 'wb') as file:
@@ -1004,25 +994,17 @@ def restore(run, checkpoint):
     if checkpoint['reference']:
         if warmup_steps != checkpoint['settings']['warmup_steps']:
             fail(f"the warm-up of this run is over: --warmup_steps={warmup_steps} comes too late")
-        run.reference = frozen_copy(run.model)
-        run.reference.load_state_dict(checkpoint['reference'])
-        run.base = run.reference
-        if checkpoint['base']:
-            run.base = frozen_copy(run.model)
-            run.base.load_state_dict(checkpoint['base'])
+        run.reference = frozen_copy(run.model, checkpoint['reference'])
+        run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
         run.optimizers = make_optimizers(run.model, learning_rate)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=state)) # learning rates are today's settings
         for p, averages in optimizer.state.items():
             for name, value in averages.items(): # cloned, for the file is mapped and may have to go
                 averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
-    if rank == 0: # what was logged after the checkpoint will be logged again
-        for name in ('metrics.jsonl', 'samples.jsonl'):
-            lines = open(os.path.join(out_dir, name)).readlines() if os.path.exists(os.path.join(out_dir, name)) else []
-            with open(os.path.join(out_dir, name + '.tmp'), 'w') as file:
-                whole = (line for line in lines if line.endswith('\n')) # a crash may have cut the last one
-                file.writelines(line for line in whole if json.loads(line)['step'] <= run.step)
-            os.replace(file.name, os.path.join(out_dir, name))
+    for name in LOGS if rank == 0 else (): # what was logged after the checkpoint will be logged again
+        with open(os.path.join(out_dir, name), 'a') as file:
+            file.truncate(min(checkpoint['logged'].get(name, 0), file.tell()))
     print0(f"resuming at step {run.step}")
 
 
@@ -1111,8 +1093,8 @@ def finish(run):
     save_checkpoint(run, final=True)
     if rank:
         return
-    git = subprocess.run(['git', '-C', os.path.dirname(os.path.abspath(__file__)), 'rev-parse', 'HEAD'],
-                         capture_output=True, text=True)
+    git = subprocess.run('git rev-parse HEAD', shell=True, cwd=os.path.dirname(os.path.abspath(__file__)),
+                         capture_output=True, text=True) # through the shell, for there may be no git
     result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
     with open(os.path.join(out_dir, 'metrics.jsonl')) as file:
         steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
