@@ -5,13 +5,14 @@ RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU
 Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
 position, which A*PO reads at the end of the prompt as its estimate of V*(x).
 
-One `forward` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
+One `trunk` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
 This file knows integers only: no text, no tasks, no rewards.
 """
 import contextlib
 import json
 import math
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -88,10 +89,9 @@ class Attention(nn.Module):
 
     def __init__(self, config, layer):
         super().__init__()
-        self.layer, self.n_heads, self.n_kv_heads, self.head_dim = (
-            layer, config.n_heads, config.n_kv_heads, config.head_dim)
-        qkv_width = (config.n_heads + 2 * config.n_kv_heads) * config.head_dim
-        self.wqkv = nn.Linear(config.d_model, qkv_width, bias=config.qkv_bias)
+        self.layer, self.head_dim = layer, config.head_dim
+        self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads] # of q, k and v
+        self.wqkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
         norm = (lambda: nn.RMSNorm(config.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
@@ -99,35 +99,36 @@ class Attention(nn.Module):
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
         qkv = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2) # (B, n_heads + 2 n_kv_heads, T, head_dim)
-        q, k, v = qkv.split([self.n_heads, self.n_kv_heads, self.n_kv_heads], dim=1)
+        q, k, v = qkv.split(self.heads, dim=1)
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if T == 1:
             # Decoding: the query heads that share a key head become the rows of one small matrix, nothing is copied.
             # A CPU's fused attention takes such matrices one by one, which two batched products beat.
-            q = q.view(B, self.n_kv_heads, -1, self.head_dim)
+            q = q.view(B, k.size(1), -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
                 (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
         else:
             assert k.size(2) == T, ("only the first forward with a cache may hold several tokens, "
                                     f"got {T} after {k.size(2) - T}")
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=self.n_kv_heads != self.n_heads)
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
             y = y.transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))
 
 
 def rotary_frequencies(config):
-    """Radians per position of each pair of features, (head_dim / 2,). Llama 3.1 slows those down, by `factor`, that
-    turn less than `low_freq_factor` times within the length it was first trained on, and the next ones ever less."""
+    """Radians per position of each feature, (head_dim,): those of its pair, negative in the first half. Llama 3.1 slows
+    pairs down, by `factor`, that turn less than `low_freq_factor` times within the length it was first trained on, and
+    the next ones ever less."""
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
-    if not config.rope_scaling:
-        return frequencies
-    factor, low, high, length = (config.rope_scaling[name] for name in (
-        'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
-    turns = length * frequencies / (2 * math.pi)
-    kept = ((turns - low) / (high - low)).clamp(0, 1) # 1: as it was
-    return frequencies * (kept + (1 - kept) / factor)
+    if config.rope_scaling:
+        factor, low, high, length = (config.rope_scaling[name] for name in (
+            'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
+        turns = length * frequencies / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1) # 1: as it was
+        frequencies = frequencies * (kept + (1 - kept) / factor)
+    return torch.cat((-frequencies, frequencies))
 
 
 def rotate(x, cos, sin):
@@ -171,9 +172,8 @@ class Transformer(nn.Module):
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         angles = torch.outer(torch.arange(self.config.max_seq_len), rotary_frequencies(self.config))
-        for name, table in ('cos', (angles.cos(), angles.cos())), ('sin', (-angles.sin(), angles.sin())):
-            table = torch.cat(table, dim=1).to(device=device) # (max_seq_len, head_dim)
-            self.register_buffer(name, table, persistent=False)
+        table = torch.stack((angles.cos(), angles.sin())).to(device=device) # (2, max_seq_len, head_dim)
+        self.register_buffer('cos_sin', table, persistent=False)
 
     @classmethod
     def without_memory(cls, config):
@@ -223,7 +223,7 @@ class Transformer(nn.Module):
         if start + T > self.config.max_seq_len:
             raise ValueError(f"a sequence of {start + T} tokens does not fit max_seq_len={self.config.max_seq_len}")
         x = self.embed(tokens) # (B, T, d_model)
-        cos, sin = self.cos[start:start + T].to(x.dtype), self.sin[start:start + T].to(x.dtype)
+        cos, sin = self.cos_sin[:, start:start + T].to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, cache) if not self.recompute or cache is not None else \
                 checkpoint(block, x, cos, sin, None, use_reentrant=False)
@@ -254,24 +254,23 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
     if T > model.config.max_seq_len:
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
-    tokens = torch.full((B, T), eos, device=device)
-    for row, prompt in zip(tokens, prompts):
-        row[:len(prompt)] = torch.tensor(prompt, device=device)
+    tokens = torch.tensor([prompt + [eos] * (T - len(prompt)) for prompt in prompts], device=device)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
     uniform = torch.rand(B, max_new_tokens, generator=generator, device=device)
 
     cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
     rows = torch.arange(B, device=device) # the rows still running
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
-    last = torch.arange(shortest, device=device) == shortest - 1
-    logits, _ = model(tokens[:, :shortest], cache, at=last.expand(B, -1)) # (B, vocab_size): 150,000 wide in Qwen
+    unseen = tokens[:, :shortest] # by the model
     for t in range(shortest, T):
+        # (B, vocab_size) for the last position only, for it is 150,000 wide in Qwen
+        logits = model.lm_head(model.trunk(unseen, cache)[:, -1])
         step = t - lengths[rows] # index of the response token that stands at position t, negative inside a prompt
         sampled = sample(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
-        is_response = (step >= 0) & (step < max_new_tokens) & alive
+        is_response = (step >= 0) & alive
         token = torch.where(is_response, sampled, tokens[rows, t]) # inside a prompt its own token is forced
         tokens[rows, t], mask[rows, t] = token, is_response
-        if watch and rows[0] == 0 and step[0] >= 0:
+        if watch and rows[0] == 0 and is_response[0]:
             watch(tokens[0, lengths[0]:t + 1])
         alive &= ~(is_response & (token == eos)) & (step < max_new_tokens - 1)
         # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked every few tokens
@@ -282,8 +281,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
             keep = alive.nonzero().squeeze(1)
             cache.keep(keep)
             rows, token, alive = rows[keep], token[keep], alive[keep]
-        logits, _ = model(token[:, None], cache)
-        logits = logits[:, -1]
+        unseen = token[:, None]
     T = int(mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
     return tokens[:, :T], mask[:, :T]
 
@@ -306,6 +304,12 @@ HF_CONFIG = dict(vocab_size='vocab_size', max_seq_len='max_position_embeddings',
                  n_layers='num_hidden_layers', n_heads='num_attention_heads', n_kv_heads='num_key_value_heads',
                  d_ff='intermediate_size', head_dim='head_dim', norm_eps='rms_norm_eps', rope_theta='rope_theta',
                  rope_scaling='rope_scaling', tie_embeddings='tie_word_embeddings') # our names, theirs
+HF_MODULES = { # ours, and theirs, whose rows stand in it one after another
+    'embed': ['model.embed_tokens'], 'norm': ['model.norm'], 'lm_head': ['lm_head'],
+    'attn_norm': ['input_layernorm'], 'attn.wqkv': ['self_attn.q_proj', 'self_attn.k_proj', 'self_attn.v_proj'],
+    'attn.q_norm': ['self_attn.q_norm'], 'attn.k_norm': ['self_attn.k_norm'], 'attn.wo': ['self_attn.o_proj'],
+    'mlp_norm': ['post_attention_layernorm'], 'w_gate_up': ['mlp.gate_proj', 'mlp.up_proj'],
+    'w_down': ['mlp.down_proj']}
 
 
 def read_config(folder):
@@ -328,23 +332,14 @@ def counterparts(model):
     """Pairs of each of our parameters and the tensors of Hugging Face that its rows are made of, {name: rows}: q, k, v
     and gate, up are one matrix here. The value head, which they do not have, is left out."""
     config = model.config
-    found = [(model.embed.weight, ['model.embed_tokens.weight']), (model.norm.weight, ['model.norm.weight'])]
-    if not config.tie_embeddings:
-        found += [(model.lm_head.weight, ['lm_head.weight'])]
-    for i, block in enumerate(model.blocks):
-        attn = block.attn
-        pairs = [(block.attn_norm.weight, ['input_layernorm.weight']), (attn.wo.weight, ['self_attn.o_proj.weight']),
-                 (block.mlp_norm.weight, ['post_attention_layernorm.weight']),
-                 (block.w_gate_up.weight, ['mlp.gate_proj.weight', 'mlp.up_proj.weight']),
-                 (block.w_down.weight, ['mlp.down_proj.weight'])]
-        for kind, p in attn.wqkv.named_parameters(): # weight, and in Qwen2.5 bias
-            pairs += [(p, [f'self_attn.{x}_proj.{kind}' for x in 'qkv'])]
-        if config.qk_norm:
-            pairs += [(getattr(attn, f'{x}_norm').weight, [f'self_attn.{x}_norm.weight']) for x in 'qk']
-        found += [(p, [f'model.layers.{i}.{name}' for name in names]) for p, names in pairs]
     qkv = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
-    return [(p, dict(zip(names, qkv if len(names) == 3 else [p.size(0) // len(names)] * len(names))))
-            for p, names in found]
+    for name, p in model.named_parameters(): # without lm_head where that is the embedding
+        layer, module, kind = re.fullmatch(r'(?:blocks\.(\d+)\.)?(.+)\.(weight|bias)', name).groups()
+        if module != 'value_head':
+            place = f'model.layers.{layer}.' if layer else ''
+            names = [f'{place}{theirs}.{kind}' for theirs in HF_MODULES[module]]
+            rows = qkv if module == 'attn.wqkv' else [p.size(0) // len(names)] * len(names)
+            yield p, dict(zip(names, rows))
 
 
 def load_pretrained(model, folder):
@@ -359,7 +354,7 @@ def load_pretrained(model, folder):
         for shard in shards:
             file = stack.enter_context(safe_open(os.path.join(folder, shard), 'pt'))
             where |= dict.fromkeys(file.keys(), file)
-        pairs = counterparts(model)
+        pairs = list(counterparts(model))
         expected = {name: (rows, *p.shape[1:]) for p, parts in pairs for name, rows in parts.items()}
         ignored = ('rotary_emb.inv_freq',) + ('lm_head.weight',) * model.config.tie_embeddings # some files repeat these
         for name, file in where.items():

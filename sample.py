@@ -45,7 +45,8 @@ def main():
     parser.add_argument('--output', default='curves.png', help='the picture that --plot writes')
     args = parser.parse_args()
     if args.plot:
-        plot_runs(args.plot, args.output)
+        with train.one_line(args.output):
+            plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
     if args.eval and args.prompt is not None:
         train.fail("--eval grades held-out problems, --prompt asks one: choose")
@@ -191,25 +192,24 @@ def plot_runs(folders, path):
     """Reward and held-out accuracy against wall time and against steps, response length, KL, runs over each other; of
     the first one accuracy by difficulty, and where the time goes."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         raise SystemExit("error: drawing curves needs matplotlib: pip install matplotlib")
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(2, 3, figsize=(14, 7), layout='constrained')
-    by_time, by_step, length, by_difficulty, kl, seconds = axes.flat
+    figure = Figure(figsize=(14, 7), layout='constrained')
+    by_time, by_step, length, by_difficulty, kl, seconds = figure.subplots(2, 3).flat
     names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
     for folder, name, color in zip(folders, names, COLORS * len(folders)):
         try:
-            rows = [json.loads(line) for line in open(os.path.join(folder, 'metrics.jsonl'))]
+            lines = open(os.path.join(folder, 'metrics.jsonl')).readlines()
+            rows = [json.loads(line) for line in lines if line.endswith('\n')] # a crash may have cut the last one
         except OSError:
             raise SystemExit(f"error: {folder} holds no metrics.jsonl, so it is not the folder of a run")
         steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
-        warm_up = [row for row in rows if row['phase'] == 'warm-up'][-1:] # its last step
-        first = warm_up[0]['step'] if warm_up else 0
-        minutes, number = lambda row: row['seconds'] / 60, lambda row: row['step'] - first
-        for axis, x, since in ((by_time, minutes, 0), (by_step, number, first)):
+        warm_up = [row for row in rows if row['phase'] == 'warm-up']
+        first = warm_up[-1] if warm_up else dict(step=0, seconds=0) # what stage 2 counts from
+        minutes, number = lambda row: row['seconds'] / 60, lambda row: row['step'] - first['step']
+        for axis, x, since in ((by_time, minutes, 0), (by_step, number, first['step'])):
             axis.plot([*map(x, steps)], [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
             later = [row for row in evaluations if row['step'] >= since]
             axis.plot([*map(x, later)], [row['accuracy'] for row in later], 'o-', color=color, label=name)
@@ -217,13 +217,13 @@ def plot_runs(folders, path):
             axis.plot([*map(number, steps)], [row[metric] for row in steps], color=color, label=name)
         if folder == folders[0]:
             for axis in (by_time, by_difficulty):
-                axis.axvspan(0, minutes(warm_up[0]) if warm_up else 0, color=color, alpha=0.08, lw=0)
+                axis.axvspan(0, minutes(first), color=color, alpha=0.08, lw=0)
             for group, shade in zip(evaluations[-1]['by_difficulty'] if evaluations else [], COLORS):
                 accuracy = [row['by_difficulty'].get(group) for row in evaluations]
                 by_difficulty.plot([*map(minutes, evaluations)], accuracy, 'o-', color=shade, label=group)
             parts = [[row['seconds_' + part] for row in steps] for part in train.PARTS]
             seconds.stackplot([*map(number, steps)], parts, labels=train.PARTS, colors=COLORS, alpha=0.7)
-    for axis, title in zip(axes.flat, (
+    for axis, title in zip(figure.axes, (
             'held-out accuracy (dots), training reward (thin)', 'the same by steps', 'response length, tokens',
             f'held-out accuracy by difficulty ({names[0]})', 'KL to the reference', f'seconds per step ({names[0]})')):
         axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})' if axis in (by_time, by_difficulty)
@@ -234,7 +234,6 @@ def plot_runs(folders, path):
     for axis in (by_time, by_step, by_difficulty):
         axis.set_ylim(0, 1.02) # or dots at 1 are cut in half
     figure.savefig(path, dpi=100)
-    plt.close(figure)
 
 
 if __name__ == '__main__':

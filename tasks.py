@@ -44,30 +44,24 @@ class Tokenizer:
         self.eos = self.ids[EOS]
         self.whole_numbers = '10' in self.ids
         words = sorted((re.escape(t) for t in self.tokens if not t.isdigit()), key=len, reverse=True)
-        words += ['[0-9]+', '(?<=[0-9.]) (?=[0-9.])'] if self.whole_numbers else ['[0-9]']
-        self.pattern = re.compile('|'.join(words))
+        words += ['[0-9]+' if self.whole_numbers else '[0-9]', '.'] # a letter that no token has, to name it
+        implied = '(?:(?<=[0-9.]) (?=[0-9.]))?' if self.whole_numbers else ''
+        self.pattern = re.compile(f"{implied}({'|'.join(words)})", re.DOTALL)
 
     def encode(self, text):
         """str -> list of ids. Raises ValueError, naming the piece, when the vocabulary does not have it."""
-        ids, position = [], 0
-        while position < len(text):
-            match = self.pattern.match(text, position)
-            piece = match.group() if match else text[position]
-            if piece in self.ids:
-                ids.append(self.ids[piece])
-            elif not match or piece != ' ': # one that their being neighbours implies
+        pieces = self.pattern.findall(text)
+        for piece in pieces:
+            if piece not in self.ids:
                 raise ValueError(f"{piece!r} is not in the vocabulary of this model ({len(self.tokens)} tokens)")
-            position += len(piece)
-        return ids
+        return [self.ids[piece] for piece in pieces]
 
     def decode(self, ids):
         """list of ids -> str, the inverse of encode on all prompts and demonstrations."""
-        text, last_was_word = [], False
-        for i in ids:
-            is_word = self.whole_numbers and (self.tokens[i].isdigit() or self.tokens[i] == '.')
-            text.append(' ' + self.tokens[i] if is_word and last_was_word else self.tokens[i])
-            last_was_word = is_word
-        return ''.join(text)
+        text = '\0'.join(self.tokens[i] for i in ids)
+        if self.whole_numbers:
+            text = re.sub('(?<=[0-9.])\0(?=[0-9.])', ' ', text)
+        return text.replace('\0', '')
 
 
 # What a pretrained model is asked, with TinyZero's content: a transcript to go on with, or ChatML as in Qwen's chats.
@@ -138,7 +132,7 @@ def extract_answer(response):
 
 
 class Task:
-    """What the tasks share: the split."""
+    """What the tasks share: the split, and the verifier of those whose answer is a whole number, `solution`."""
     form = '' # where the question is asked in words, what stands around it
     longest_prompt = 256 # tokens, then
 
@@ -169,6 +163,12 @@ class Task:
                 return problem
         raise ValueError("these number ranges allow too few problems for a split into training and test")
 
+    def grade(self, problem, response):
+        """Of an answer that must be solution(problem), in plain ASCII digits; other tasks have a grade of their own."""
+        match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
+        correct = match is not None and int(match[1]) == self.solution(problem)
+        return Grade(float(correct), correct, match is not None)
+
     def ask(self, short, question, answer, example):
         """The prompt: short in our own vocabularies; in words for a pretrained model, with an example of an answer."""
         return self.form.format(f'{question} {TAGGED.format(answer, example)}') if self.form else short + THINK
@@ -184,8 +184,7 @@ class CountdownProblem(NamedTuple):
 
 @functools.cache
 def reachable(numbers):
-    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), as a
-    frozenset; exact."""
+    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), exact."""
     if len(numbers) == 1:
         return frozenset(numbers)
     values = set()
@@ -193,9 +192,8 @@ def reachable(numbers):
     for chosen in range(2 ** (len(numbers) - 1) - 1):
         left = numbers[:1] + tuple(n for i, n in enumerate(numbers[1:]) if chosen >> i & 1)
         right = tuple(n for i, n in enumerate(numbers[1:]) if not chosen >> i & 1)
-        for x in reachable(left):
-            for y in reachable(right):
-                values.update(result for _, _, _, result in operations(x, y))
+        for x, y in itertools.product(reachable(left), reachable(right)):
+            values.update(result for _, _, _, result in operations(x, y))
     return frozenset(values)
 
 
@@ -290,37 +288,33 @@ class Countdown(Task):
                 break
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
 
-    def search(self, problem):
+    def search(self, problem, pool=None, joined=()):
         """
         A search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
         three numbers, z, aside and lists what + - * / make of the target and z, which is what the other two would have
         to make, and what these do make. A number in both lists solves the puzzle. Of more than three numbers some are
         joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, no solver guides the search.
+        `pool` is what is left of the numbers and `joined` the lines that say how, in a search within the search.
         """
-        for joined, pool in self.pools([Term(n, str(n), ()) for n in problem.numbers]):
-            for line in joined:
-                yield line, None
-            for z in pool:
-                x, y = [term for term in pool if term is not z]
-                wanted, made = self.results(problem.target, z.value), self.results(x.value, y.value)
-                hit = next((result for result in made if result in wanted and result != '.'), None)
-                if hit:
-                    made = made[:made.index(hit) + 1]
-                line = f"{z.value} {' '.join(wanted)}:{x.value} {y.value} {' '.join(made)}"
-                yield line, hit and next(end for middle in self.joins(x, y) if str(middle.value) == hit
-                                         for end in self.joins(z, middle) if end.value == problem.target)
-
-    def pools(self, pool):
-        """Every way to join terms until three are left, pair by pair: (lines that say so, the three)."""
-        if len(pool) <= 3:
-            yield [], pool
+        pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
+        if len(pool) > 3:
+            for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1):
+                rest = [term for term in pool if term is not x and term is not y]
+                for term in self.joins(x, y):
+                    line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
+                    yield from self.search(problem, [term, *rest], [*joined, line])
             return
-        for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1):
-            rest = [term for term in pool if term is not x and term is not y]
-            for term in self.joins(x, y):
-                line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
-                for lines, three in self.pools([term, *rest]):
-                    yield [line, *lines], three
+        for line in joined:
+            yield line, None
+        for z in pool:
+            x, y = [term for term in pool if term is not z]
+            wanted, made = self.results(problem.target, z.value), self.results(x.value, y.value)
+            hit = next((result for result in made if result in wanted and result != '.'), None)
+            if hit:
+                made = made[:made.index(hit) + 1]
+            line = f"{z.value} {' '.join(wanted)}:{x.value} {y.value} {' '.join(made)}"
+            yield line, hit and next(end for middle in self.joins(x, y) if str(middle.value) == hit
+                                     for end in self.joins(z, middle) if end.value == problem.target)
 
     def joins(self, x, y):
         """The terms that + - * / make of two, each value once, none too large; the steps of x come first."""
@@ -340,11 +334,8 @@ class Countdown(Task):
         return ' '.join(made.get(operator, '.') for operator in '+-*/').rstrip(' .').split()
 
     def grade(self, problem, response):
-        answer = extract_answer(response)
-        if answer is None:
-            return WRONG
         try:
-            value, used = evaluate(answer)
+            value, used = evaluate(extract_answer(response) or '')
         except ValueError:
             return WRONG
         if value is None or sorted(used) != sorted(problem.numbers):
@@ -363,7 +354,7 @@ def evaluate(text):
     only between tokens. Raises ValueError on anything else. Operators wait on a stack until what follows binds less
     tightly: no recursion, so no depth of parentheses can exhaust Python's.
     """
-    binds = {'(': 0, '+': 1, '-': 1, '*': 2, '/': 2}
+    binds = {'(': 0, ')': 1, '+': 2, '-': 2, '*': 3, '/': 3}
     values, operators, used, expects_number = [], [], [], True
     for token in ['(', *re.findall(r'[0-9]+|[^ \t\r\n]', text), ')']:
         if expects_number and token == '(':
@@ -372,12 +363,10 @@ def evaluate(text):
             used.append(int(token))
             values.append(Fraction(used[-1]))
             expects_number = False
-        elif not expects_number and token in '+-*/)':
-            while operators and operators[-1] != '(' and (token == ')' or binds[operators[-1]] >= binds[token]):
+        elif not expects_number and operators and token in '+-*/)': # nothing follows what closes the first '('
+            while binds[operators[-1]] >= binds[token]:
                 y, x = values.pop(), values.pop()
                 values.append(apply(x, operators.pop(), y))
-            if token == ')' and not operators:
-                raise ValueError("a parenthesis closes that was not opened")
             operators.pop() if token == ')' else operators.append(token)
             expects_number = token != ')'
         else:
@@ -433,8 +422,11 @@ class Multiplication(Task):
         usual = 1 <= min(problem) and max(problem) <= self.max_factor
         return '' if usual else f'outside its training: factors up to {self.max_factor}'
 
+    def solution(self, problem):
+        return problem.a * problem.b
+
     def explain(self, problem, answer):
-        return f'the product is {problem.a * problem.b}'
+        return f'the product is {self.solution(problem)}'
 
     def demonstration(self, problem, rng):
         """
@@ -455,16 +447,7 @@ class Multiplication(Task):
                 if len(lines) > 1:
                     lines.append(f'{back(total)}+{back(x * y)}={back(total + x * y)}')
                 total += x * y
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{problem.a * problem.b}{END_ANSWER}'
-
-    def grade(self, problem, response):
-        return grade_number(response, problem.a * problem.b)
-
-
-def grade_number(response, right):
-    """The grade of an answer that must be one whole number in plain ASCII digits."""
-    match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
-    return Grade(float(int(match[1]) == right), int(match[1]) == right, True) if match else WRONG
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.solution(problem)}{END_ANSWER}'
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -481,18 +464,18 @@ class Chain(Task):
         text = str(rng.integers(1, self.max_number + 1))
         for _ in range(rng.integers(2, 6)):
             y, minus = rng.integers(1, self.max_number + 1), rng.integers(2)
-            text += f"{'-' if minus and y <= self.value(text) else '+'}{y}" # never below 0
+            text += f"{'-' if minus and y <= self.solution(text) else '+'}{y}" # never below 0
         return text
 
-    def value(self, problem):
+    def solution(self, problem):
         return sum(map(int, re.findall('[+-]?[0-9]+', problem)))
 
     def prompt(self, problem):
         return self.ask(problem, f'What is {problem}?', 'the number', '1009')
 
     def parse(self, text):
-        text = text.replace(' ', '').strip()
-        if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text) or self.value(text) < 0:
+        text = re.sub(' *([+-]) *', r'\1', text.strip())
+        if len(text) > 80 or not re.fullmatch(r'[0-9]+([+-][0-9]+)+', text) or self.solution(text) < 0:
             raise ValueError(f"{text[:80]!r} is no chain of numbers with a value of 0 or above; write it like '7+12-5'")
         return text
 
@@ -504,10 +487,7 @@ class Chain(Task):
         for i in range(1, len(terms)) if rng.integers(2) else []:
             x = sum(map(int, terms[:i]))
             lines.append(f'{x}{terms[i]}={x + int(terms[i])}')
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.value(problem)}{END_ANSWER}'
-
-    def grade(self, problem, response):
-        return grade_number(response, self.value(problem))
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.solution(problem)}{END_ANSWER}'
 
 
 class Equation(Task):
@@ -526,27 +506,25 @@ class Equation(Task):
 
     def solution(self, problem):
         a, b, c = map(int, re.findall('[0-9]+', problem))
-        return a, b, c, (c - b) / a
+        return (c - b) / a
 
     def prompt(self, problem):
         return self.ask(problem, f'Which whole number x solves {problem}?', 'the number', '1009')
 
     def parse(self, text):
-        match = re.fullmatch(r'([1-9][0-9]{0,4})\*?x\+([0-9]{1,4})=([0-9]{1,6})', text.replace(' ', '').strip())
+        match = re.fullmatch('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text.strip())
         if not match:
             raise ValueError(f"{text.strip()[:80]!r} is no equation; write it like '3*x+7=22'")
         return '{}*x+{}={}'.format(*map(int, match.groups()))
 
     def difficulty(self, problem):
-        return 'x up to 10' if self.solution(problem)[-1] <= 10 else 'x above 10'
+        return 'x up to 10' if self.solution(problem) <= 10 else 'x above 10'
 
     def demonstration(self, problem, rng):
-        a, b, c, x = self.solution(problem)
-        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x:.0f}'] if rng.integers(2) else []
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x:.0f}{END_ANSWER}'
-
-    def grade(self, problem, response):
-        return grade_number(response, self.solution(problem)[-1])
+        a, b, c = map(int, re.findall('[0-9]+', problem))
+        x = (c - b) // a # a drawn problem has one
+        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x}'] if rng.integers(2) else []
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x}{END_ANSWER}'
 
 
 class Grid(Task):
