@@ -662,7 +662,7 @@ def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
 
 
 def test_without_matplotlib_a_run_says_once_what_is_missing(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'matplotlib', None)
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
     main(settings, *TINY, '--warmup_steps=100', '--eval_interval=1', '--max_steps=0', f'--out_dir={tmp_path}/run')
     said = capsys.readouterr().out
     assert said.count('pip install matplotlib') == 1 and 'held-out at step 50' in said

@@ -191,9 +191,11 @@ def main():
         checkpoint_if_due(run)
     run.seconds = time.time() - started
     finish(run)
-    if dist.is_initialized(): # left to the end of Python, gloo's threads may abort the process
+    if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
+        if world_size > 1 and (rank or tracker == 'none'): # in Python's own end gloo's threads now and then abort
+            os._exit(0)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -947,7 +949,7 @@ def save_checkpoint(run, final=False):
     checkpoint = dict(format=FORMAT, task=task, step=run.step,
                       settings={k: globals()[k] for k in SETTINGS} | dict(device=device.split(':')[0]),
                       config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.state,
-                      model=gathered(run.model.state_dict()))
+                      model=gathered(run.model.state_dict()), logged={})
     if not final:
         checkpoint |= dict(optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
                            reference=run.reference and run.reference.state_dict(), values=run.values,
@@ -955,10 +957,12 @@ def save_checkpoint(run, final=False):
                            warmup_accuracy=run.warmup_accuracy, bad_steps=run.bad_steps, loss_scale=run.loss_scale)
     if rank:
         return
-    paths = {name: os.path.join(out_dir, name) for name in LOGS}
-    checkpoint['logged'] = {name: os.path.getsize(path) for name, path in paths.items() if os.path.exists(path)}
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
     try:
+        for name in LOGS: # flushed as well, for resuming cuts them to the length that they have now
+            with open(os.path.join(out_dir, name), 'a') as file:
+                os.fsync(file.fileno())
+                checkpoint['logged'][name] = file.tell()
         with open(path + '.tmp', 'wb') as file:
             torch.save(checkpoint, file)
             file.flush()
@@ -1004,7 +1008,7 @@ def restore(run, checkpoint):
                 averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
     for name in LOGS if rank == 0 else (): # what was logged after the checkpoint will be logged again
         with open(os.path.join(out_dir, name), 'a') as file:
-            file.truncate(min(checkpoint['logged'].get(name, 0), file.tell()))
+            file.truncate(min(checkpoint['logged'][name], file.tell()))
     print0(f"resuming at step {run.step}")
 
 
