@@ -713,6 +713,18 @@ def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_
         assert off.norm() < 0.05 * gradients['float32'].norm(), train.dtype
 
 
+@pytest.mark.parametrize('bias, value', [(5.0, 1), (-5.0, 0)])
+def test_values_of_the_head_stay_within_the_rewards(settings, tmp_path, bias, value):
+    train.configure([*TINY, f'--out_dir={tmp_path}'])
+    run = train.build(None)
+    run.reference = run.base = train.frozen_copy(run.model)
+    run.step = train.warmup_steps
+    torch.nn.init.constant_(run.model.value_head.bias, bias)
+    problems, stored_values = train.training_problems(run)
+    batch, seconds = train.rollout(run, problems, train.TRAIN, 1.0)
+    assert train.update(run, batch, stored_values, seconds)['value'] == value
+
+
 def test_metrics_also_go_to_a_tracker_and_a_missing_one_is_named(settings, tmp_path, monkeypatch):
     logged, arguments = [], [*TINY, '--warmup_steps=2', '--max_steps=0', '--num_eval_samples=8']
     tracker = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))

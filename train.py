@@ -369,7 +369,8 @@ def policy_gradient(run, batch, stored_values, seconds, total_tokens):
         by_token, head_values = token_logprobs(run.model, *piece)
         by_sequence = sequence_logprobs(by_token, piece[1])
         logprobs[rows] = by_sequence.detach()
-        values[rows] = head_values.detach() if stored_values is None else stored_values[rows]
+        # The head is clamped to the range of rewards: above 1 it would push even right answers away.
+        values[rows] = head_values.detach().clamp(0, 1) if stored_values is None else stored_values[rows]
         if algorithm == 'grpo':
             loss = grpo_loss(by_token, by_token.detach(), advantages[rows], piece[1])
             loss = loss * piece[1].sum() * world_size / total_tokens # its mean is over the tokens of the whole batch
