@@ -11,7 +11,6 @@ Takes the newest run under out/, one that came to its end before one that did no
 --checkpoint=PATH names another, a file or the folder of a run.
 """
 import argparse
-import glob
 import json
 import math
 import os
@@ -55,8 +54,8 @@ def main():
         train.fail("--num_samples and --max_new_tokens must be at least 1, "
                    "--num_problems, --seed and --temperature at least 0")
 
-    path = args.checkpoint or newest_run(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
-    path = newest_run(path) or path # where it is the folder of a run
+    path = args.checkpoint or train.newest_model(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
+    path = train.newest_model(path) or path # where it is the folder of a run
     run = train.load_run(path, seed=args.seed, device=args.device,
                          **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
     temperature = train.eval_temperature if args.temperature is None else args.temperature
@@ -70,13 +69,6 @@ def main():
     show(run, problems, args.num_samples, temperature)
     if args.prompt is None and sys.stdin.isatty():
         play(run, args.num_samples, temperature)
-
-
-def newest_run(folder):
-    """The model of the newest run that came to its end, else the newest checkpoint, or None."""
-    for name in ('tinyzero_astarpo_final.pt', 'checkpoint_step_*.pt'):
-        if found := glob.glob(os.path.join(folder, name)):
-            return max(found, key=os.path.getmtime)
 
 
 def parse(run, text):

@@ -134,7 +134,7 @@ def extract_answer(response):
 class Task:
     """What the tasks share: the split, and the verifier of those whose answer is a whole number, `solution`."""
     form = '' # where the question is asked in words, what stands around it
-    longest_prompt = 256 # tokens, then
+    longest_prompt = 256 # tokens
 
     def canonical(self, problem):
         """Equal for the same puzzle written differently; a problem that is a text is that already."""
@@ -182,9 +182,14 @@ class CountdownProblem(NamedTuple):
     target: int
 
 
-@functools.cache
 def reachable(numbers):
     """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), exact."""
+    # What five numbers and more reach is much, and seldom asked for twice: it is not kept.
+    return (reachable_by_few if len(numbers) < 5 else reachable_by_few.__wrapped__)(numbers)
+
+
+@functools.lru_cache(maxsize=2 ** 14)
+def reachable_by_few(numbers):
     if len(numbers) == 1:
         return frozenset(numbers)
     values = set()

@@ -875,12 +875,12 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_old_ones_go(settings, tra
     main(settings, '--init_from=resume', f'--out_dir={tmp_path}', '--keep_checkpoints=2')
     said = capsys.readouterr().out
     assert 'checkpoint_step_66.pt is damaged' in said and 'passing over it' in said and 'resuming at step 64' in said
-    assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_66.pt',
+    assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_67.pt',
                                                                           'checkpoint_step_68.pt']
     assert_same(weights(tmp_path / 'tinyzero_astarpo_final.pt'), weights(f'{trained[0]}/tinyzero_astarpo_final.pt'))
     for path in tmp_path.glob('checkpoint*'):
         path.write_bytes(b'')
-    with pytest.raises(SystemExit, match='checkpoint_step_66.pt is damaged'):
+    with pytest.raises(SystemExit, match='checkpoint_step_67.pt is damaged'):
         main(settings, '--init_from=resume', f'--out_dir={tmp_path}')
 
 

@@ -15,6 +15,7 @@ import ctypes
 import dataclasses
 import difflib
 import functools
+import glob
 import inspect
 import json
 import math
@@ -84,7 +85,7 @@ value_learning_rate = 1e-2 # AdamW, for the value head
 eval_temperature = 1.0 # 0 is greedy
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
 eval_interval = 0 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
-checkpoint_interval = 500 # steps between checkpoints
+checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
 tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
 micro_batch_tokens = 0 # tokens in one forward and backward pass; halved where memory runs out, on one rank
@@ -136,7 +137,7 @@ class Run:
     optimizers: list = None # AdamW, and Muon where it is on
     values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # optimizer steps so far, those of the warm-up included
-    seconds: float = 0.0 # time spent in all sessions of this run
+    started: float = dataclasses.field(default_factory=time.time) # this run, less the time between its sessions
     warmup_accuracy: float = 0.0
     bad_steps: int = 0 # steps in a row whose gradient was not finite
     loss_scale: float = 1.0 # in float16 the loss is multiplied by this, or small gradients would vanish
@@ -144,20 +145,22 @@ class Run:
     rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for the hints
     hints: list = dataclasses.field(default_factory=list) # that were given
 
+    @property
+    def seconds(self):
+        return time.time() - self.started
+
 
 def main():
     run = build(configure(sys.argv[1:]))
     if rank == 0:
         os.makedirs(out_dir, exist_ok=True)
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens in the vocabulary")
-    started = time.time() - run.seconds
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, request_stop)
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
         metrics = warm_up_step(run)
-        run.seconds = time.time() - started
         report(run, 'warm-up', every=20, **metrics)
         if run.step % (50 * eval_interval) == 0 and run.step < warmup_steps:
             log_evaluation(run, f'at step {run.step} of the warm-up', share=8)
@@ -178,7 +181,6 @@ def main():
         problems, values = training_problems(run)
         batch, seconds = rollout(run, problems, TRAIN, temperature)
         metrics = update(run, batch, values, seconds)
-        run.seconds = time.time() - started
         report(run, algorithm, **metrics)
         stage2_step = run.step - warmup_steps
         if stage2_step < max_steps:
@@ -188,8 +190,8 @@ def main():
                     estimate_values(run)
             if stage2_step % eval_interval == 0:
                 log_evaluation(run, f'at step {stage2_step}', share=8)
+                save_checkpoint(run)
         checkpoint_if_due(run)
-    run.seconds = time.time() - started
     finish(run)
     if dist.is_initialized():
         dist.barrier()
@@ -324,6 +326,8 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
     problems = [p for p in problems for _ in range(repeat)]
     prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in problems]
     pieces = []
+    if run.sampler is not run.model:
+        copy_weights(run.model, run.sampler)
     with on_device(run.sampler):
         for first in range(0, len(prompts), rollout_rows):
             key = np.random.SeedSequence((seed, stream, run.step, rank, first)).generate_state(1, np.uint64)[0]
@@ -473,6 +477,7 @@ def evaluate(run, problems, at_temperature, repeat=1):
 def log_evaluation(run, when, share=1):
     """Evaluate every `share`-th of the held-out problems at eval_temperature, print the result, record it with eight of
     the responses, draw the curves; returns the summary."""
+    seconds = round(run.seconds, 1)
     if sys.stdout.isatty():
         print0(f'evaluating {when} on held-out problems ...', end='\r')
     result, rows = evaluate(run, held_out_problems(run.task, num_eval_samples)[::share], eval_temperature)
@@ -481,7 +486,7 @@ def log_evaluation(run, when, share=1):
            + ''.join(f', {group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items())
            + f", formatted {result['formatted']:.3f}, truncated {result['truncated']:.3f}, "
              f"{result['length']:.0f} tokens")
-    append('metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 1), phase='evaluation', **result))
+    append('metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
     for row in rows[:8]:
         append('samples.jsonl', dict(step=run.step, **row))
     if rank == 0:
@@ -534,7 +539,7 @@ def build(checkpoint):
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
         if not pretrained:
-            config.max_seq_len = max(config.max_seq_len, 32 + max_new_tokens) # prompts are shorter than 32 tokens
+            config.max_seq_len = max(config.max_seq_len, the_task.longest_prompt + max_new_tokens)
         elif config.max_seq_len < the_task.longest_prompt + max_new_tokens:
             raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                              "positions of this model")
@@ -708,8 +713,6 @@ def optimizer_step(run):
     if dtype == 'float16':
         run.loss_scale *= 0.5 if run.bad_steps else 1.002
     run.model.zero_grad()
-    if run.sampler is not run.model:
-        copy_weights(run.model, run.sampler)
     return norm
 
 
@@ -748,13 +751,14 @@ def gather_lists(rows):
 def configure(argv):
     """Settle every setting: defaults, then those stored in a checkpoint that is resumed, then the command line, then
     AUTO. Sets the globals; returns the checkpoint to start from, or None."""
-    global rank, world_size, out_dir
+    global rank, world_size, out_dir, init_from
     rank, world_size = int(os.environ.get('RANK', 0)), int(os.environ.get('WORLD_SIZE', 1))
     given = parse_arguments(argv)
     globals().update(given)
     make_task() # a name that is wrong is said before anything is downloaded
     out_dir = out_dir or os.path.join('out', task.replace(':', '_')) # Windows allows no colon
     there = checkpoints(out_dir)
+    init_from = newest_model(init_from) or init_from # where it is the folder of a run
     # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
     owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
     checkpoint, stored = None, {}
@@ -764,8 +768,8 @@ def configure(argv):
         checkpoint = newest_whole(there)
         stored = checkpoint['settings']
     elif there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
-        fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume, or ' if there else ''}"
-             "choose another --out_dir")
+        fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume,' if there else 'delete it,'} "
+             "or choose another --out_dir")
     elif os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
         checkpoint = open_pretrained(init_from)
     elif init_from != 'scratch':
@@ -832,13 +836,15 @@ def parse_arguments(argv):
 def choose_device():
     """Pick device and precision, join the other ranks, share out the cores."""
     global device, dtype
+    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     try:
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
-    local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
+    if device == 'cuda' and torch.cuda.device_count() < local:
+        fail(f"{local} processes on this machine, but {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
     if device == 'cpu' and local > 1: # torchrun gives each of several processes one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         torch.set_num_threads(max(1, cores // local))
@@ -875,6 +881,12 @@ def check_settings():
             fail(f"--{name} must be {least}, not {value}")
     if not 3 <= min_numbers <= max_numbers <= 6:
         fail(f"countdown takes 3 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
+    if beta1 < 0.02:
+        fail(f"--beta1={beta1} is too small: exp(reward / beta1) overflows below 0.02")
+    if filter_failed and fresh_prompts:
+        fail("--filter_failed=True is about the prompts of stage 1: it needs --fresh_prompts=False")
+    if algorithm == 'grpo' and num_responses_per_prompt < 2:
+        fail("--algorithm=grpo compares the responses to a prompt: --num_responses_per_prompt must be at least 2")
     if partial_credit >= 1:
         fail(f"--partial_credit must be below 1, not {partial_credit}")
     unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
@@ -907,6 +919,13 @@ def load_checkpoint(path):
     if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
         fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
     return checkpoint
+
+
+def newest_model(folder):
+    """The final model of the newest run in a folder (or pattern of folders), else the newest checkpoint, or None."""
+    for name in ('tinyzero_astarpo_final.pt', 'checkpoint_step_*.pt'):
+        if found := glob.glob(os.path.join(folder, name)):
+            return max(found, key=os.path.getmtime)
 
 
 def newest_whole(paths):
@@ -993,12 +1012,20 @@ def load_run(path, **changes):
 
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
-    for name in ('step', 'seconds', 'warmup_accuracy', 'bad_steps', 'loss_scale'):
+    before = checkpoint['settings']
+    settled = ['warmup_steps'] * bool(checkpoint['reference']) + ['dtype'] * ('float16' in (dtype, before['dtype']))
+    if checkpoint['values'] is not None and not fresh_prompts: # these prompts are drawn again, their V* is not
+        settled += ['seed', 'num_train_samples', *task_settings()]
+    for name in settled:
+        if globals()[name] != before[name]:
+            fail(f"--{name}={globals()[name]} comes too late for this run, which has {name}={before[name]}")
+    if len(run.optimizers) != len(checkpoint['optimizers']) and not checkpoint['reference']:
+        fail("--warmup_muon_learning_rate cannot be switched on or off within the warm-up")
+    run.started -= checkpoint['seconds']
+    for name in ('step', 'warmup_accuracy', 'bad_steps', 'loss_scale'):
         setattr(run, name, checkpoint[name])
     run.values = None if checkpoint['values'] is None else checkpoint['values'].to(device, copy=True)
     if checkpoint['reference']:
-        if warmup_steps != checkpoint['settings']['warmup_steps']:
-            fail(f"the warm-up of this run is over: --warmup_steps={warmup_steps} comes too late")
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
         run.optimizers = make_optimizers(run.model, learning_rate)
@@ -1070,11 +1097,11 @@ def hint(run, metrics):
 def append(name, row):
     """One JSON line to a file in out_dir, and its numbers to the tracker if there is one, by rank 0."""
     if rank == 0:
-        with open(os.path.join(out_dir, name), 'a') as file:
-            file.write(json.dumps(row) + '\n')
-        if tracker != 'none' and 'phase' in row:
+        if tracker != 'none' and 'phase' in row: # before the file, for the package may be missing
             numbers = {f"{row['phase']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
             open_tracker(out_dir)(numbers, row['step'])
+        with open(os.path.join(out_dir, name), 'a') as file:
+            file.write(json.dumps(row) + '\n')
 
 
 @functools.lru_cache(maxsize=1) # one for the run
@@ -1091,6 +1118,7 @@ def open_tracker(folder):
 
 def finish(run):
     """The final evaluation, model and summary."""
+    seconds = run.seconds
     result = log_evaluation(run, 'at the end')
     if not max_steps:
         run.warmup_accuracy = result['accuracy']
@@ -1106,13 +1134,13 @@ def finish(run):
     split = {f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 2) for part in PARTS}
     speed = round(sum(row['tokens'] for row in steps) / max(sum(split.values()), 0.01)) if steps else None
     summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
-                   steps=run.step, seconds=round(run.seconds, 1), **split, tokens_per_second=speed,
+                   steps=run.step, seconds=round(seconds, 1), **split, tokens_per_second=speed,
                    device=device, ranks=world_size, threads=torch.get_num_threads(),
                    settings={k: globals()[k] for k in SETTINGS}, git_commit=git.stdout.strip() or None,
                    versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
-    print0(f"{run.seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
+    print0(f"{seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py")
 
 
@@ -1122,8 +1150,8 @@ def print0(*words, **options):
 
 
 def fail(message):
-    """End the program with one line and exit status 1."""
-    sys.exit(f'error: {message}' if rank == 0 else 1)
+    """End the program with one line and exit status 1; where there are several machines, one line on each."""
+    sys.exit(f'error: {message}' if os.environ.get('LOCAL_RANK', '0') == '0' else 1)
 
 
 if __name__ == '__main__':
