@@ -19,6 +19,7 @@ Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for th
 not go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that of
 REINFORCE on r - beta2 log(pi / pi_ref) with V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
 """
+import math
 
 import torch
 
@@ -29,8 +30,7 @@ def optimal_value(rewards, beta1):
 
     rewards (prompts, N) -> (prompts,), between the mean (beta1 -> infinity) and the best (beta1 -> 0) of each row.
     """
-    # log N as a logsumexp too: so V* of rewards that are all zero is exactly zero, whatever N.
-    return beta1 * (torch.logsumexp(rewards / beta1, dim=1) - torch.logsumexp(torch.zeros_like(rewards), dim=1))
+    return beta1 * (torch.logsumexp(rewards / beta1, dim=1) - math.log(rewards.size(1)))
 
 
 def sequence_logprobs(token_logprobs, mask):

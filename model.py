@@ -9,6 +9,7 @@ One `trunk` serves training, prefill and one-token decoding; the only difference
 This file knows integers only: no text, no tasks, no rewards.
 """
 import contextlib
+import glob
 import json
 import math
 import os
@@ -85,6 +86,13 @@ class KVCache:
             setattr(self, name, new)
 
 
+class Norm(nn.RMSNorm):
+    """RMSNorm in the precision of its input, which autocast may have lowered."""
+
+    def forward(self, x):
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+
+
 class Attention(nn.Module):
 
     def __init__(self, config, layer):
@@ -93,7 +101,7 @@ class Attention(nn.Module):
         self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads] # of q, k and v
         self.wqkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
-        norm = (lambda: nn.RMSNorm(config.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
+        norm = (lambda: Norm(config.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
         self.q_norm, self.k_norm = norm(), norm()
 
     def forward(self, x, cos, sin, cache):
@@ -346,12 +354,9 @@ def load_pretrained(model, folder):
     """Read the weights in a folder: pairs of a parameter and its whole value, one after the other, so that no second
     copy is held in memory. Raises ValueError, naming it, for a tensor that is unknown, of another shape, or missing."""
     from safetensors import safe_open
-    index, shards, where = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors'], {}
-    if os.path.exists(index):
-        with open(index) as file:
-            shards = sorted(set(json.load(file)['weight_map'].values()))
+    where = {}
     with contextlib.ExitStack() as stack:
-        for shard in shards:
+        for shard in sorted(glob.glob('model*.safetensors', root_dir=folder)):
             file = stack.enter_context(safe_open(os.path.join(folder, shard), 'pt'))
             where |= dict.fromkeys(file.keys(), file)
         pairs = list(counterparts(model))

@@ -11,6 +11,7 @@ Takes the newest run under out/, one that came to its end before one that did no
 --checkpoint=PATH names another, a file or the folder of a run.
 """
 import argparse
+import glob
 import json
 import math
 import os
@@ -44,7 +45,7 @@ def main():
     parser.add_argument('--output', default='curves.png', help='the picture that --plot writes')
     args = parser.parse_args()
     if args.plot:
-        with train.one_line(args.output):
+        with train.one_line('--plot'):
             plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
     if args.eval and args.prompt is not None:
@@ -55,7 +56,7 @@ def main():
                    "--num_problems, --seed and --temperature at least 0")
 
     path = args.checkpoint or train.newest_model(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
-    path = train.newest_model(path) or path # where it is the folder of a run
+    path = train.newest_model(glob.escape(path)) or path # where it is the folder of a run
     run = train.load_run(path, seed=args.seed, device=args.device,
                          **({'max_new_tokens': args.max_new_tokens} if args.max_new_tokens else {}))
     temperature = train.eval_temperature if args.temperature is None else args.temperature
@@ -79,8 +80,7 @@ def parse(run, text):
     except ValueError as error:
         train.fail(str(error))
     if length + train.max_new_tokens > run.model.config.max_seq_len:
-        train.fail(f"this problem has {length} tokens, and the model's {run.model.config.max_seq_len} positions leave "
-                   f"{run.model.config.max_seq_len - length} for the response: lower --max_new_tokens")
+        train.fail(f"its {length} tokens and --max_new_tokens={train.max_new_tokens} do not fit the model's positions")
     return problem
 
 
@@ -183,19 +183,13 @@ def export(run, folder):
 def plot_runs(folders, path):
     """Reward and held-out accuracy against wall time and against steps, response length, KL, runs over each other; of
     the first one accuracy by difficulty, and where the time goes."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise SystemExit("error: drawing curves needs matplotlib: pip install matplotlib")
+    from matplotlib.figure import Figure
     figure = Figure(figsize=(14, 7), layout='constrained')
     by_time, by_step, length, by_difficulty, kl, seconds = figure.subplots(2, 3).flat
     names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
     for folder, name, color in zip(folders, names, COLORS * len(folders)):
-        try:
-            lines = open(os.path.join(folder, 'metrics.jsonl')).readlines()
-            rows = [json.loads(line) for line in lines if line.endswith('\n')] # a crash may have cut the last one
-        except OSError:
-            raise SystemExit(f"error: {folder} holds no metrics.jsonl, so it is not the folder of a run")
+        lines = open(os.path.join(folder, 'metrics.jsonl')).readlines()
+        rows = [json.loads(line) for line in lines if line.endswith('\n')] # a crash may have cut the last one
         steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
         warm_up = [row for row in rows if row['phase'] == 'warm-up']
@@ -205,7 +199,7 @@ def plot_runs(folders, path):
             axis.plot([*map(x, steps)], [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
             later = [row for row in evaluations if row['step'] >= since]
             axis.plot([*map(x, later)], [row['accuracy'] for row in later], 'o-', color=color, label=name)
-        for axis, metric in ((length, 'length'), (kl, 'kl')):
+        for axis, metric in ((length, 'length'), (kl, 'kl')) if steps else ():
             axis.plot([*map(number, steps)], [row[metric] for row in steps], color=color, label=name)
         if folder == folders[0]:
             for axis in (by_time, by_difficulty):
@@ -222,7 +216,7 @@ def plot_runs(folders, path):
                  else 'steps of stage 2')
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[0] and (axis in (by_difficulty, seconds) or len(folders) > 1):
-            axis.legend(frameon=False)
+            axis.legend(framealpha=0.6, edgecolor='none')
     for axis in (by_time, by_step, by_difficulty):
         axis.set_ylim(0, 1.02) # or dots at 1 are cut in half
     figure.savefig(path, dpi=100)
@@ -237,3 +231,7 @@ if __name__ == '__main__':
         os._exit(0)
     except OSError as error:
         train.fail(f'{error.filename}: {error.strerror}')
+    except RuntimeError as error:
+        if not train.out_of_memory(error):
+            raise
+        train.fail('out of memory: lower --num_samples, --num_problems or --max_new_tokens')

@@ -174,6 +174,13 @@ class Task:
         return self.form.format(f'{question} {TAGGED.format(answer, example)}') if self.form else short + THINK
 
 
+def typed(pattern, text, example):
+    """The match of a problem that a person typed. Raises ValueError with an example of one."""
+    if match := re.fullmatch(pattern, text.strip()):
+        return match
+    raise ValueError(f"{text.strip()[:80]!r} is no problem of this task; write it like {example!r}")
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Countdown
 
@@ -229,7 +236,7 @@ class Countdown(Task):
         self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 98% of
         # the puzzles have a solution below it.
-        self.largest = max(max_target * 3 // 2, max_number)
+        self.largest = max(max_target * 3 // 2, max_number, 10)
         self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
@@ -247,10 +254,7 @@ class Countdown(Task):
 
     def parse(self, text):
         """'3 5 7 = 22' -> problem. Raises ValueError."""
-        match = re.fullmatch(rf'{WHITE}([0-9]+(?:[ ,]+[0-9]+){{1,5}}) *= *([0-9]+){WHITE}', text)
-        if not match:
-            raise ValueError(f"{text.strip()[:80]!r} is not a countdown puzzle of two to six numbers; write it like "
-                             "'3 5 7 = 22'")
+        match = typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 
     def canonical(self, problem):
@@ -412,9 +416,7 @@ class Multiplication(Task):
 
     def parse(self, text):
         """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""
-        match = re.fullmatch(rf'{WHITE}(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??{WHITE}', text)
-        if not match:
-            raise ValueError(f"{text.strip()[:80]!r} is not a multiplication; write it like '47 * 36'")
+        match = typed(r'(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??', text, '47 * 36')
         return MultiplicationProblem(int(match[1]), int(match[2]))
 
     def canonical(self, problem):
@@ -517,9 +519,7 @@ class Equation(Task):
         return self.ask(problem, f'Which whole number x solves {problem}?', 'the number', '1009')
 
     def parse(self, text):
-        match = re.fullmatch('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text.strip())
-        if not match:
-            raise ValueError(f"{text.strip()[:80]!r} is no equation; write it like '3*x+7=22'")
+        match = typed('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text, '3*x+7=22')
         return '{}*x+{}={}'.format(*map(int, match.groups()))
 
     def difficulty(self, problem):
@@ -562,9 +562,8 @@ class Grid(Task):
                         'by /. U is up, D down, L left, R right.', 'the steps', 'UURDDL') # ends where it began
 
     def parse(self, text):
-        if not re.fullmatch('([.#SG]{5}/){4}[.#SG]{5}', text := text.strip()) or {*map(text.count, 'SG')} != {1}:
-            raise ValueError(f"{text[:80]!r} is no grid; write it like 'S.#../.##../...../.#.#./....G'")
-        return text
+        one_of_each = '(?=[^S]*S[^S]*$)(?=[^G]*G[^G]*$)' # looks ahead, takes nothing
+        return typed(f'{one_of_each}([.#SG]{{5}}/){{4}}[.#SG]{{5}}', text, 'S.#../.##../...../.#.#./....G')[0]
 
     def demonstration(self, problem, rng):
         lines, goal = [], problem.index('G')

@@ -527,15 +527,16 @@ def main(reset, *arguments):
 
 @pytest.mark.parametrize('arguments, words', [
     (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "unknown setting"),
-    (['--batch_size=many'], "a whole number, not 'many'"), (['--fresh_prompts=maybe'], "True or False"),
-    (['--seed'], "needs a value"), (['--task=chess'], "countdown, multiplication, chain"),
+    (['--batch_size=many'], "batch_size: invalid int value: 'many'"),
+    (['--fresh_prompts=maybe'], "invalid true_or_false value"), (['--seed'], "--seed: expected one argument"),
+    (['--task=chess'], "countdown, multiplication, chain"),
     (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
-    (['--init_from=resume'], "nothing to resume"), (['--init_from=nowhere.pt'], "no such checkpoint: nowhere.pt"),
-    (['--beta1=0'], "--beta1 must be above 0"), (['--temperature=0'], "above 0"),
-    (['--algorithm=ppo'], "apo, grpo"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
+    (['--init_from=resume'], "nothing to resume"), (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
+    (['--beta1=0'], "--beta1 must be at least 0.03"), (['--temperature=0'], "above 0"),
+    (['--algorithm=ppo'], "choose from 'apo', 'grpo'"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
     (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
     (['--seed=-1'], "at least 0"), (['--eval_temperature=nan'], "at least 0"),
-    (['--device=abacus'], "--device=abacus cannot be used"), (['--batch_size=0.5'], "a whole number"),
+    (['--device=abacus'], "cannot use --device=abacus"), (['--batch_size=0.5'], "invalid int value"),
     (['--batch_size=0'], "above 0"), (['--warmup_steps=-1'], "at least 0"),
     ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128")])
 def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, words):
@@ -552,7 +553,7 @@ def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
     assert process.returncode == 1 and process.stderr.count('\n') == 1 \
         and 'did you mean --batch_size?' in process.stderr
     text = run('train.py', '--help').stdout
-    assert all(f'  --{name}=' in text for name in train.SETTINGS)
+    assert all(f'  --{name} ' in text for name in train.SETTINGS)
     assert 'temperature of V*' in text
 
 
@@ -688,6 +689,18 @@ def test_a_gradient_that_is_not_finite_changes_nothing_and_five_end_the_run(sett
             p.grad = torch.ones_like(p)
         train.optimizer_step(run)
         assert run.bad_steps == 0 and not torch.equal(run.model.norm.weight, before['norm.weight'])
+
+
+def test_the_value_head_does_not_shrink_the_policys_step(settings, tmp_path):
+    """Clipped together, the head's gradient, which is large where beta1 is small, would take its place."""
+    train.configure([*TINY, f'--out_dir={tmp_path}'])
+    run, seen = train.build(None), []
+    run.optimizers = [types.SimpleNamespace(step=lambda: seen.extend(p.grad.norm().item() for p in (
+        run.model.norm.weight, run.model.value_head.weight)))]
+    run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, 0.01)
+    run.model.value_head.weight.grad = torch.full_like(run.model.value_head.weight, 1000.0)
+    norm = train.optimizer_step(run)
+    assert norm == pytest.approx(0.01 * 8) and seen == pytest.approx([norm, train.grad_clip], rel=1e-4) # d_model 64
 
 
 def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_probabilities(settings, tmp_path):
@@ -858,11 +871,11 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
                         weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
         except SystemExit as error:
             assert 'bad.pt' in error.code and '\n' not in error.code
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='cannot read .*bad.pt: not yours'):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='cannot use .*bad.pt as a checkpoint.*not yours'):
         patch.setattr(train.zipfile, 'ZipFile', lambda path: (_ for _ in ()).throw(PermissionError(13, 'not yours')))
         train.load_checkpoint(str(tmp_path / 'bad.pt'))
     torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
-    with pytest.raises(SystemExit, match='not a checkpoint of this program'):
+    with pytest.raises(SystemExit, match='foreign.pt as a checkpoint of this program: it does not say'):
         main(settings, f'--init_from={tmp_path}/foreign.pt', f'--out_dir={tmp_path}/new')
     with pytest.raises(SystemExit, match='does not fit --task=countdown'):
         main(settings, f'--init_from={out}/tinyzero_astarpo_final.pt', '--task=countdown', f'--out_dir={tmp_path}/new')
@@ -874,13 +887,13 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_old_ones_go(settings, tra
     (tmp_path / 'checkpoint_step_66.pt').write_bytes(b'half a check')
     main(settings, '--init_from=resume', f'--out_dir={tmp_path}', '--keep_checkpoints=2')
     said = capsys.readouterr().out
-    assert 'checkpoint_step_66.pt is damaged' in said and 'passing over it' in said and 'resuming at step 64' in said
+    assert 'cannot use' in said and 'checkpoint_step_66.pt as a checkpoint' in said and 'passing over it' in said and 'resuming at step 64' in said
     assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_67.pt',
                                                                           'checkpoint_step_68.pt']
     assert_same(weights(tmp_path / 'tinyzero_astarpo_final.pt'), weights(f'{trained[0]}/tinyzero_astarpo_final.pt'))
     for path in tmp_path.glob('checkpoint*'):
         path.write_bytes(b'')
-    with pytest.raises(SystemExit, match='checkpoint_step_67.pt is damaged'):
+    with pytest.raises(SystemExit, match='cannot use .*checkpoint_step_67.pt as a checkpoint'):
         main(settings, '--init_from=resume', f'--out_dir={tmp_path}')
 
 
@@ -942,7 +955,7 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / 'owned'),)
     torch.save(dict(format=train.FORMAT, model=Evil()), tmp_path / 'evil.pt')
-    with pytest.raises(SystemExit, match='damaged or no checkpoint'):
+    with pytest.raises(SystemExit, match='Weights only load failed'):
         train.load_checkpoint(str(tmp_path / 'evil.pt'))
     assert not os.path.exists(tmp_path / 'owned')
 
@@ -983,7 +996,7 @@ def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint_whole(trained,
     process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', '--device=cpu',
                   preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
     assert process.returncode == 1 and process.stderr.count('\n') == 1
-    assert re.match('error: could not write .*; earlier checkpoints are whole', process.stderr)
+    assert re.match('error: could not write .*, earlier ones are whole; is the disk full', process.stderr)
     assert [path.name for path in tmp_path.glob('checkpoint*')] == ['checkpoint_step_62.pt']
     train.load_checkpoint(str(tmp_path / 'checkpoint_step_62.pt'))
 
@@ -1052,7 +1065,8 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     for wrong, words in ((['--prompt=hello'], 'write it like'),
                          (['--seed=-1'], '--seed'), (['--temperature=nan'], '--temperature'),
                          (['--prompt=' + '1' * 40 + ' * 3'], 'positions'),
-                         (['--checkpoint=none.pt'], 'no such checkpoint')):
+                         (['--checkpoint=none.pt'], 'No such file'),
+                         (['--max_new_tokens=2000000000'], 'out of memory')):
         process = run('sample.py', checkpoint, *wrong)
         assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
 

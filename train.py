@@ -10,6 +10,7 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
 
 Every setting below can be given as --name=value or --name value; --help lists them.
 """
+import argparse
 import contextlib
 import ctypes
 import dataclasses
@@ -95,6 +96,8 @@ rollout_rows = 0 # responses sampled side by side; halved where memory runs out,
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
+CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
+               tracker=('none', 'wandb', 'tensorboard'))
 
 # What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
@@ -209,17 +212,16 @@ def shrinks(setting, function):
     """
     @functools.wraps(function)
     def attempt(run, *args, **options):
-        while True:
-            try:
-                return function(run, *args, **options)
-            except RuntimeError as error:
-                if not out_of_memory(error) or world_size > 1 or cpu_offload or globals()[setting] < 2:
-                    raise
-            globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
-            run.model.zero_grad()
-            if device.startswith('cuda'):
-                torch.cuda.empty_cache()
-            print0(f"out of memory: going on with --{setting}={globals()[setting]}")
+        try:
+            return function(run, *args, **options)
+        except RuntimeError as error:
+            if not out_of_memory(error) or world_size > 1 or cpu_offload or globals()[setting] < 2:
+                raise
+        globals()[setting] //= 2 # here, where the exception no longer holds what was allocated
+        run.model.zero_grad()
+        torch.cuda.empty_cache() # does nothing elsewhere
+        print0(f"out of memory: going on with --{setting}={globals()[setting]}")
+        return attempt(run, *args, **options)
     return attempt
 
 
@@ -238,18 +240,18 @@ def warm_up_step(run):
             if len(response) <= max_new_tokens:
                 break
         else:
-            fail(f"--max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
+            sys.exit(f"error: --max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
         sequences.append((prompt, response))
     tokens = pad_sequence([torch.tensor(p + r) for p, r in sequences], True, run.tokenizer.eos).to(device) # (B, T)
     mask = pad_sequence([torch.arange(len(p + r)) >= len(p) for p, r in sequences], True).to(device)
 
     progress = run.step / warmup_steps
     scale_learning_rates(run, min(1, (run.step + 1) / 20, 0.05 + 0.95 * (1 - progress) / 0.4))
-    total_tokens = all_sum(mask.sum())
+    total_tokens = all_reduce(mask.sum())
     total_loss = imitation_gradient(run, tokens, mask, total_tokens)
     optimizer_step(run)
     run.step += 1
-    return dict(loss=all_sum(total_loss).item(), tokens=int(total_tokens),
+    return dict(loss=all_reduce(total_loss).item(), tokens=int(total_tokens),
                 seconds_update=round(time.time() - started, 3))
 
 
@@ -268,16 +270,18 @@ def imitation_gradient(run, tokens, mask, total_tokens):
 def estimate_values(run):
     """Stage 1: V* of num_train_samples prompts from num_responses_per_prompt responses of the reference each. The
     prompts' own V* is kept in run.values, and the value head learns to predict it."""
+    print0(f"stage 1: the reference answers {num_train_samples} prompts, {num_responses_per_prompt} times each ...")
     problems = [p for p, _ in draw(run.task, STAGE1, 0, num_train_samples)]
     batch, _ = rollout(run, problems, STAGE1, temperature, num_responses_per_prompt)
     local_rewards = batch['reward'].view(len(problems), -1) # (prompts of this rank, N)
     rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device) # (num_train_samples, N)
     run.values = optimal_value(rewards, beta1)
     solved = (rewards > 0).any(1).float().mean().item()
-    print0(f"stage 1: {len(rewards)} prompts x {rewards.size(1)} responses of the reference, mean reward "
-           f"{rewards.mean():.3f}, mean V* {run.values.mean():.3f}, {1 - solved:.1%} of the prompts never solved")
+    print0(f"stage 1: mean reward {rewards.mean():.3f}, mean V* {run.values.mean():.3f}, "
+           f"{1 - solved:.1%} of the prompts never solved")
     if solved == 0:
-        fail("every reward of stage 1 is zero, so there is nothing to learn from: give the warm-up more "
+        fail(f"every reward of stage 1 is zero ({batch['truncated'].mean():.0%} of the responses were cut off at "
+             f"--max_new_tokens={max_new_tokens}), so there is nothing to learn from: give the warm-up more "
              "--warmup_steps, make the task easier (--max_numbers=3), or reward near misses (--partial_credit=0.5)")
     # The head reads one vector of each prompt, at its end. It is taken once and from the reference, here the same as
     # the policy, which would keep the graph of every prompt.
@@ -290,7 +294,7 @@ def estimate_values(run):
         head = [unshard(p).detach().requires_grad_() for p in run.model.value_head.parameters()]
         loss = value_loss(F.linear(features, *head).squeeze(1), local_rewards, beta1)
         for p, gradient in zip(run.model.value_head.parameters(), torch.autograd.grad(loss * run.loss_scale, head)):
-            p.grad = shard(all_sum(gradient) / world_size, p)
+            p.grad = shard(all_reduce(gradient) / world_size, p)
         optimizer_step(run)
 
 
@@ -302,8 +306,9 @@ def training_problems(run):
         return [p for p, _ in groups for _ in range(num_responses_per_prompt)], None
     if fresh_prompts:
         return [p for p, _ in draw(run.task, TRAIN, step, batch_size)], None
-    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
-    pool = np.flatnonzero(run.values.cpu().numpy() > 0) if filter_failed else np.arange(num_train_samples)
+    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch. One that was never solved has
+    # a V* of 0, but for rounding.
+    pool = np.flatnonzero(run.values.cpu().numpy() > 1e-6) if filter_failed else np.arange(num_train_samples)
     order = functools.cache(lambda epoch: np.random.default_rng((seed, TRAIN, epoch)).permutation(pool))
     local = batch_size // world_size
     first = step * batch_size + rank * local
@@ -338,9 +343,8 @@ def rollout(run, problems, stream, at_temperature, repeat=1, watch=None):
             if spent > 10 and done < len(prompts): # where many long responses take minutes
                 print0(f"{('', 'stage 1', 'stage 2', 'evaluation')[stream]}: {done:,} of {len(prompts):,} responses, "
                        f"{spent / 60 * (len(prompts) / done - 1):.1f} min left")
-    width = max(tokens.size(1) for tokens, _ in pieces)
-    tokens = torch.cat([F.pad(t, (0, width - t.size(1)), value=run.tokenizer.eos) for t, _ in pieces])
-    mask = torch.cat([F.pad(m, (0, width - m.size(1))) for _, m in pieces])
+    tokens = pad_sequence([row for piece, _ in pieces for row in piece], True, run.tokenizer.eos) # (B, T)
+    mask = pad_sequence([row for _, piece in pieces for row in piece], True)
 
     sampled, grades, texts = time.time(), [], []
     for problem, row, marked in zip(problems, tokens.cpu().numpy(), mask.cpu().numpy()):
@@ -387,7 +391,7 @@ def policy_gradient(run, batch, stored_values, seconds, total_tokens):
 
 def update(run, batch, stored_values, seconds):
     """One optimizer step of A*PO (or GRPO) on a batch of rollout; returns the metrics of the step."""
-    started, rewards, total_tokens = time.time(), batch['reward'], all_sum(batch['mask'].sum())
+    started, rewards, total_tokens = time.time(), batch['reward'], all_reduce(batch['mask'].sum())
     logprobs, ref_logprobs, base_logprobs, values = policy_gradient(run, batch, stored_values, seconds, total_tokens)
     scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     grad_norm = optimizer_step(run)
@@ -398,8 +402,8 @@ def update(run, batch, stored_values, seconds):
     columns = dict(reward=rewards, accuracy=batch['correct'], formatted=batch['formatted'],
                    truncated=batch['truncated'], length=batch['length'], kl=logprobs - ref_logprobs,
                    base_kl=logprobs - base_logprobs, entropy=-logprobs / batch['length'], value=values,
-                   value_zero=(values <= 0).float(), residual=residual, residual_std=residual.square())
-    metrics = dict(zip(columns, all_sum(torch.stack(list(columns.values())).mean(1) / world_size).tolist()))
+                   value_zero=(values < 1e-6).float(), residual=residual, residual_std=residual.square())
+    metrics = dict(zip(columns, all_reduce(torch.stack(list(columns.values())).mean(1) / world_size).tolist()))
     metrics['residual_std'] = math.sqrt(max(0, metrics['residual_std'] - metrics['residual'] ** 2))
     seconds = {f'seconds_{part}': round(spent, 3) for part, spent in seconds.items()}
     return dict(metrics, grad_norm=grad_norm, tokens=int(total_tokens), **seconds)
@@ -411,7 +415,7 @@ def token_logprobs(model, tokens, mask):
     prompt. tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,).
     """
     targets = mask[:, 1:] # the logits at position t are about the token at t + 1
-    with autocast():
+    with torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32'):
         logits, values = model(tokens[:, :-1], at=targets)
     logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
     prompt_end = mask.int().argmax(1, keepdim=True) - 1
@@ -437,10 +441,7 @@ def micro_batches(mask):
     while end:
         pieces.append(order[starts[end]:end])
         end = starts[end]
-    # Every rank must run the model equally often, or FSDP waits for ever.
-    most = torch.tensor(len(pieces), device=mask.device)
-    if world_size > 1:
-        dist.all_reduce(most, dist.ReduceOp.MAX)
+    most = all_reduce(len(pieces), dist.ReduceOp.MAX) # every rank must run the model equally often, or FSDP hangs
     while len(pieces) < most:
         pieces.sort(key=len)
         pieces += np.array_split(pieces.pop(), 2)
@@ -493,9 +494,9 @@ def log_evaluation(run, when, share=1):
         from sample import plot_runs
         try:
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
-        except SystemExit as missing:
+        except ModuleNotFoundError:
             if when == 'at the end':
-                print0(f"no curves.png: {missing}")
+                print0("no curves.png: drawing it needs matplotlib: pip install matplotlib")
     return result
 
 
@@ -702,22 +703,23 @@ def optimizer_step(run):
     for p in run.model.parameters() if dtype == 'float16' else ():
         if p.grad is not None:
             p.grad /= run.loss_scale
-    norm = unshard(torch.nn.utils.clip_grad_norm_(run.model.parameters(), grad_clip)).item()
-    run.bad_steps = 0 if math.isfinite(norm) else run.bad_steps + 1
+    # The value head by itself, or its gradient, which is large and noisy, would shrink the policy's.
+    head = list(run.model.value_head.parameters())
+    policy = [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
+    norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item() for part in (policy, head))
+    run.bad_steps = 0 if math.isfinite(norm + head_norm) else run.bad_steps + 1
     if run.bad_steps == 0:
         for optimizer in run.optimizers:
             optimizer.step()
     elif run.bad_steps == (25 if dtype == 'float16' else 5):
         fail(f"the gradient was not finite in {run.bad_steps} steps in a row, up to step {run.step}: lower "
              f"--learning_rate or --value_learning_rate; the checkpoints in {out_dir} are good")
+    else:
+        print0(f"the gradient of step {run.step + 1} is not finite: nothing is changed")
     if dtype == 'float16':
         run.loss_scale *= 0.5 if run.bad_steps else 1.002
     run.model.zero_grad()
     return norm
-
-
-def autocast():
-    return torch.autocast(torch.device(device).type, getattr(torch, dtype), enabled=dtype != 'float32')
 
 
 def gathered(state):
@@ -728,11 +730,11 @@ def gathered(state):
     return whole.cpu() if rank == 0 else None
 
 
-def all_sum(x):
-    """The sum over the ranks of a tensor or number."""
+def all_reduce(x, operation=dist.ReduceOp.SUM):
+    """The sum (or MAX) over the ranks of a tensor or number."""
     x = torch.as_tensor(x, device=device).clone()
     if world_size > 1:
-        dist.all_reduce(x)
+        dist.all_reduce(x, operation)
     return x
 
 
@@ -758,9 +760,6 @@ def configure(argv):
     make_task() # a name that is wrong is said before anything is downloaded
     out_dir = out_dir or os.path.join('out', task.replace(':', '_')) # Windows allows no colon
     there = checkpoints(out_dir)
-    init_from = newest_model(init_from) or init_from # where it is the folder of a run
-    # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
-    owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
     checkpoint, stored = None, {}
     if init_from == 'resume':
         if not there:
@@ -768,24 +767,25 @@ def configure(argv):
         checkpoint = newest_whole(there)
         stored = checkpoint['settings']
     elif there or os.path.exists(os.path.join(out_dir, 'metrics.jsonl')):
-        fail(f"{out_dir} already holds a run: {'continue it with --init_from=resume,' if there else 'delete it,'} "
-             "or choose another --out_dir")
-    elif os.path.isdir(init_from) or owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt'):
-        checkpoint = open_pretrained(init_from)
+        fail(f"{out_dir} already holds a run: use --init_from=resume or another --out_dir, or delete it")
     elif init_from != 'scratch':
-        checkpoint = load_checkpoint(init_from)
+        init_from = newest_model(glob.escape(init_from)) or init_from # where it is the folder of a run
+        # A name of Hugging Face looks like a path; where the first half is a folder here, it is one.
+        owner = re.fullmatch(r'([\w.-]+)/[\w.-]+', init_from)
+        named = owner and not os.path.isdir(owner[1]) and not init_from.endswith('.pt')
+        checkpoint = (open_pretrained if named or os.path.isdir(init_from) else load_checkpoint)(init_from)
         stored = {k: v for k, v in checkpoint['settings'].items() if k in task_settings()}
     given = stored | given | dict(out_dir=out_dir, init_from=init_from)
     globals().update(given)
     choose_device()
-    kind = 'cpu' if device == 'cpu' else 'gpu'
+    kind = 'gpu' if device.startswith('cuda') else 'cpu' # a Mac's GPU is taken for a laptop's
     sizes = {size: checkpoint['config'][size] for size in SIZES['small']} if checkpoint else {}
     for size, value in sizes.items():
         if given.get(size, value) != value:
             fail(f"--{size}={given[size]} does not fit the checkpoint's model, which has {value}")
     pretrained = AUTO['pretrained'] if checkpoint and isinstance(checkpoint['tokenizer'], dict) else {}
     auto = AUTO[kind] | AUTO.get((task, kind), {}) | sizes | pretrained | (dict(warmup_steps=0) if checkpoint else {})
-    chosen = {k: v for k, v in auto.items() if k not in given and (not globals()[k] or k in pretrained)}
+    chosen = {k: v for k, v in auto.items() if k not in given}
     globals().update(chosen)
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
@@ -809,28 +809,26 @@ def make_task():
 
 def parse_arguments(argv):
     """--name=value or --name value for each setting, typed by its default; --help prints them with their comments."""
-    if '--help' in argv or '-h' in argv:
-        source = open(__file__).read().partition('# ---- end of settings')[0]
-        comments = re.findall(r'^(\w+) = (.+?) # (.+)$|^# (.+)$', source[source.index('# ---- settings'):], re.M)
-        print0(__doc__ + '\n' + '\n'.join(f'  --{name}={default}\n        {comment}' if name else heading.strip('- ')
-                                          for name, default, comment, heading in comments))
-        sys.exit()
-    given, words = {}, iter(argv)
-    for word in words:
-        name, equals, value = word.removeprefix('--').partition('=')
-        if not word.startswith('--') or name not in SETTINGS:
-            close = difflib.get_close_matches(name, SETTINGS, n=1)
-            fail(f"unknown setting {word!r}{f'; did you mean --{close[0]}?' if close else ''} "
-                 "(python train.py --help lists all)")
-        value, kind = value if equals else next(words, None), type(SETTINGS[name])
-        if value is None:
-            fail(f"--{name} needs a value, as in --{name}={SETTINGS[name]}")
-        try:
-            given[name] = {'true': True, 'false': False}[value.lower()] if kind is bool else kind(value)
-        except (KeyError, ValueError):
-            fail(f"--{name} takes {dict(bool='True or False', int='a whole number', float='a number')[kind.__name__]}, "
-                 f"not {value!r}")
-    return given
+    def true_or_false(text):
+        return ['false', 'true'].index(text.lower()) == 1
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage='python train.py [--setting=value ...]', allow_abbrev=False)
+    parser.error, group = fail, parser.add_argument_group('settings, with their defaults')
+    with open(__file__) as file:
+        source = file.read().partition('# ---- settings')[2].partition('# ---- end of settings')[0]
+    for name, default, comment, heading in re.findall(r'^(\w+) = (.+?) # (.+)$|^# (.+)$', source, re.M):
+        if heading:
+            group = parser.add_argument_group(heading)
+        else:
+            kind = type(SETTINGS[name])
+            group.add_argument(f'--{name}', type=true_or_false if kind is bool else kind, metavar=default,
+                               default=argparse.SUPPRESS, choices=CHOICES.get(name), help=comment)
+    given, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0].partition('=')[0].removeprefix('--'), SETTINGS, n=1)
+        fail(f"unknown setting {unknown[0]!r}{f'; did you mean --{close[0]}?' if close else ''} "
+             "(python train.py --help lists all)")
+    return vars(given)
 
 
 def choose_device():
@@ -839,12 +837,12 @@ def choose_device():
     local = int(os.environ.get('LOCAL_WORLD_SIZE', 1))
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
-    try:
+    if device == 'cuda':
+        if 0 < torch.cuda.device_count() < local:
+            fail(f"{local} processes on this machine, but {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
+        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    with one_line(f'--device={device}'):
         torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        fail(f"--device={device} cannot be used here: {str(error).splitlines()[0]}")
-    if device == 'cuda' and torch.cuda.device_count() < local:
-        fail(f"{local} processes on this machine, but {torch.cuda.device_count()} GPU(s): lower --nproc_per_node")
     if device == 'cpu' and local > 1: # torchrun gives each of several processes one thread
         cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
         torch.set_num_threads(max(1, cores // local))
@@ -853,8 +851,6 @@ def choose_device():
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
         for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
-    if device == 'cuda':
-        device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
@@ -868,21 +864,15 @@ def choose_device():
 
 def check_settings():
     """One line for every combination of settings that cannot work."""
-    choices = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'),
-                   tracker=('none', 'wandb', 'tensorboard'))
-    for name, allowed in choices.items():
-        if globals()[name] not in allowed:
-            fail(f"--{name} must be one of {', '.join(allowed)}, not {globals()[name]!r}")
-    may_be_zero = ('seed', 'warmup_steps', 'warmup_muon_learning_rate', 'max_steps', 'ref_update_interval',
-                   'partial_credit', 'eval_temperature', 'keep_checkpoints')
+    # The least that a number may be, where it is not just above 0; the value head's gradient overflows below 0.03.
+    least = dict.fromkeys(('seed', 'warmup_steps', 'warmup_muon_learning_rate', 'max_steps', 'ref_update_interval',
+                           'partial_credit', 'eval_temperature', 'keep_checkpoints'), 0) | dict(beta1=0.03)
     for name, default in SETTINGS.items():
-        value, least = globals()[name], 'at least 0' if name in may_be_zero else 'above 0'
-        if type(default) in (int, float) and not (0 <= value < 2 ** 63 and (value or name in may_be_zero)):
-            fail(f"--{name} must be {least}, not {value}")
+        value, low = globals()[name], least.get(name, 0)
+        if type(default) in (int, float) and not (low <= value < 2 ** 63 and (value or name in least)):
+            fail(f"--{name} must be {f'at least {low}' if name in least else 'above 0'}, not {value}")
     if not 3 <= min_numbers <= max_numbers <= 6:
         fail(f"countdown takes 3 to 6 numbers, --min_numbers={min_numbers} --max_numbers={max_numbers} does not fit")
-    if beta1 < 0.02:
-        fail(f"--beta1={beta1} is too small: exp(reward / beta1) overflows below 0.02")
     if filter_failed and fresh_prompts:
         fail("--filter_failed=True is about the prompts of stage 1: it needs --fresh_prompts=False")
     if algorithm == 'grpo' and num_responses_per_prompt < 2:
@@ -890,35 +880,27 @@ def check_settings():
     if partial_credit >= 1:
         fail(f"--partial_credit must be below 1, not {partial_credit}")
     unit = world_size * (num_responses_per_prompt if algorithm == 'grpo' else 1)
-    if batch_size % unit or warmup_batch_size % world_size or num_train_samples % world_size:
-        fail(f"--batch_size={batch_size} must be a multiple of {unit} "
-             f"(ranks{' x num_responses_per_prompt' if algorithm == 'grpo' else ''}), "
-             f"--warmup_batch_size={warmup_batch_size} and --num_train_samples={num_train_samples} of {world_size}")
+    for name, factor in dict(batch_size=unit, warmup_batch_size=world_size, num_train_samples=world_size).items():
+        if globals()[name] % factor:
+            fail(f"--{name}={globals()[name]} must be a multiple of {factor} (ranks, with GRPO x responses per prompt)")
 
 
 def checkpoints(folder):
     """The paths of the checkpoints in a run's folder that can be resumed, oldest first."""
-    names = os.listdir(folder) if os.path.isdir(folder) else []
-    steps = sorted(int(m[1]) for m in map(re.compile(r'checkpoint_step_(\d+)\.pt').fullmatch, names) if m)
-    return [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
+    names = glob.glob('checkpoint_step_*.pt', root_dir=folder)
+    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: (len(name), name))] # by number
 
 
 def load_checkpoint(path):
     """Read and verify a checkpoint of ours. One line and exit when it is missing, damaged or something else."""
-    if not os.path.isfile(path):
-        fail(f"no such checkpoint: {path}")
-    try:
+    with one_line(f'{path} as a checkpoint of this program'):
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             if archive.testzip():
-                raise zipfile.BadZipFile
+                raise ValueError("a checksum is wrong")
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
-    except PermissionError as error:
-        fail(f"cannot read {path}: {error.strerror}")
-    except Exception as error: # whatever a damaged or foreign file makes zipfile and torch.load raise
-        fail(f"{path} is damaged or no checkpoint of this program ({type(error).__name__}): use another one")
-    if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
-        fail(f"{path} is not a checkpoint of this program (format {FORMAT!r})")
-    return checkpoint
+        if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
+            raise ValueError(f"it does not say {FORMAT!r}")
+        return checkpoint
 
 
 def newest_model(folder):
@@ -948,7 +930,7 @@ def open_pretrained(name):
             from huggingface_hub import snapshot_download
             folder = snapshot_download(name, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
         config = dataclasses.asdict(read_config(folder))
-        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder))
+        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={})
 
 
 @contextlib.contextmanager
@@ -958,9 +940,9 @@ def one_line(name):
     try:
         yield
     except ModuleNotFoundError as error:
-        fail(f"{name} needs a package that is not installed: pip install {error.name}")
+        fail(f"{name} needs a package that is not installed: pip install {error.name.partition('.')[0]}")
     except Exception as error:
-        fail(f"cannot use {name}: {' '.join(str(error).split())[:300]} ({type(error).__name__})")
+        fail(f"cannot use {name}: {' '.join(str(error).split()).partition('. ')[0][:300]} ({type(error).__name__})")
 
 
 def save_checkpoint(run, final=False):
@@ -991,8 +973,7 @@ def save_checkpoint(run, final=False):
     except (OSError, RuntimeError) as error: # torch reports a full disk as a RuntimeError
         if os.path.exists(path + '.tmp'):
             os.remove(path + '.tmp')
-        fail(f"could not write {path} ({error.strerror if isinstance(error, OSError) else 'is the disk full?'}); "
-             "earlier checkpoints are whole")
+        fail(f"could not write {path}, earlier ones are whole; is the disk full? ({str(error).splitlines()[0]})")
     there = checkpoints(out_dir)
     for old in [] if final else there[:there.index(path) + 1][:-keep_checkpoints]:
         os.remove(old)
@@ -1021,6 +1002,8 @@ def restore(run, checkpoint):
             fail(f"--{name}={globals()[name]} comes too late for this run, which has {name}={before[name]}")
     if len(run.optimizers) != len(checkpoint['optimizers']) and not checkpoint['reference']:
         fail("--warmup_muon_learning_rate cannot be switched on or off within the warm-up")
+    if not checkpoint['reference'] and warmup_steps < checkpoint['step']:
+        fail(f"--warmup_steps={warmup_steps} comes too late for this run, which has taken {checkpoint['step']} steps")
     run.started -= checkpoint['seconds']
     for name in ('step', 'warmup_accuracy', 'bad_steps', 'loss_scale'):
         setattr(run, name, checkpoint[name])
@@ -1042,10 +1025,11 @@ def restore(run, checkpoint):
 
 def checkpoint_if_due(run):
     """A checkpoint every checkpoint_interval steps, and before leaving when a signal asked for that."""
-    stop = all_sum(stop_signal).item() # every rank must come to the same decision
+    stop = all_reduce(stop_signal).item() # every rank must come to the same decision
     if stop or run.step % checkpoint_interval == 0:
         save_checkpoint(run)
     if stop:
+        all_reduce(0).item() # rank 0 has written: torchrun may kill it when the others leave
         fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume --out_dir={out_dir}")
 
 
@@ -1080,6 +1064,8 @@ def hint(run, metrics):
     run.rewards.append(metrics['reward'])
     start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
     signs = {
+        "every reward so far is zero, nothing can be learned: give more --warmup_steps, or make the task easier":
+            len(run.rewards) >= 5 and not any(run.rewards),
         f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
             metrics['truncated'] > 0.5,
         f"the reward has fallen since the start and the KL is large: lower --learning_rate={learning_rate}":

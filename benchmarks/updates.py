@@ -38,7 +38,7 @@ def ours(model, tokens, mask):
 def padded(model, tokens, mask):
     for rows in torch.arange(len(tokens)).split(16):
         end = int(mask[rows].any(0).nonzero().max()) + 1
-        with train.autocast():
+        with torch.autocast(train.device, getattr(torch, train.dtype), enabled=train.dtype != "float32"):
             logits, _ = model(tokens[rows, :end - 1])
         logprobs = -F.cross_entropy(logits.float().flatten(0, 1), tokens[rows, 1:end].flatten(), reduction='none')
         (logprobs * mask[rows, 1:end].flatten()).sum().backward()
