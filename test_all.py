@@ -1,6 +1,6 @@
 """
-The tests: `python -m pytest -q test_all.py`, a few minutes on two CPU cores. With SLOW=1 in front, as in .ci/run, a few
-more that take minutes each.
+The tests: `python -m pytest -q test_all.py`, a few minutes on two CPU cores. With SLOW=1 in front, as in .ci/run, one
+more that takes minutes.
 """
 import importlib
 import itertools

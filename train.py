@@ -544,8 +544,9 @@ def build(checkpoint):
         elif config.max_seq_len < the_task.longest_prompt + max_new_tokens:
             raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                              "positions of this model")
-        for test in (False, True): # there must be problems of both splits, written in the vocabulary
-            problem, rng = the_task.draw(np.random.default_rng(0), test), np.random.default_rng(0)
+        for i in range(20 if warmup_steps else 2): # there must be problems of both splits, written in the vocabulary
+            rng = np.random.default_rng(i)
+            problem = the_task.draw(rng, test=i % 2 == 0)
             tokenizer.encode(the_task.prompt(problem))
             tokenizer.encode(the_task.demonstration(problem, rng) if warmup_steps else '')
     except ValueError as error:
