@@ -1064,7 +1064,7 @@ def test_sample_answers_evaluates_and_plots(trained, tmp_path):
     assert process.returncode == 0 and os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'),
                          (['--seed=-1'], '--seed'), (['--temperature=nan'], '--temperature'),
-                         (['--prompt=' + '1' * 40 + ' * 3'], 'positions'),
+                         (['--prompt=' + '1' * 300 + ' * 3'], 'positions'),
                          (['--checkpoint=none.pt'], 'No such file')):
         process = run('sample.py', checkpoint, *wrong)
         assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
