@@ -80,7 +80,8 @@ def parse(run, text):
     except ValueError as error:
         train.fail(str(error))
     if length + train.max_new_tokens > run.model.config.max_seq_len:
-        train.fail(f"its {length} tokens and --max_new_tokens={train.max_new_tokens} do not fit the model's positions")
+        train.fail(f"this problem's {length} tokens and --max_new_tokens={train.max_new_tokens} do not fit the "
+                   "model's positions")
     return problem
 
 

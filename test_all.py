@@ -531,7 +531,8 @@ def main(reset, *arguments):
     (['--fresh_prompts=maybe'], "invalid true_or_false value"), (['--seed'], "--seed: expected one argument"),
     (['--task=chess'], "countdown, multiplication, chain"),
     (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
-    (['--init_from=resume'], "nothing to resume"), (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
+    (['--init_from=resume'], "nothing to resume"),
+    (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
     (['--beta1=0'], "--beta1 must be at least 0.03"), (['--temperature=0'], "above 0"),
     (['--algorithm=ppo'], "choose from 'apo', 'grpo'"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
     (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
@@ -871,7 +872,8 @@ def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path
                         weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
         except SystemExit as error:
             assert 'bad.pt' in error.code and '\n' not in error.code
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit, match='cannot use .*bad.pt as a checkpoint.*not yours'):
+    with pytest.MonkeyPatch.context() as patch, \
+            pytest.raises(SystemExit, match='cannot use .*bad.pt as a checkpoint.*not yours'):
         patch.setattr(train.zipfile, 'ZipFile', lambda path: (_ for _ in ()).throw(PermissionError(13, 'not yours')))
         train.load_checkpoint(str(tmp_path / 'bad.pt'))
     torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
@@ -887,7 +889,8 @@ def test_resuming_passes_over_a_damaged_checkpoint_and_old_ones_go(settings, tra
     (tmp_path / 'checkpoint_step_66.pt').write_bytes(b'half a check')
     main(settings, '--init_from=resume', f'--out_dir={tmp_path}', '--keep_checkpoints=2')
     said = capsys.readouterr().out
-    assert 'cannot use' in said and 'checkpoint_step_66.pt as a checkpoint' in said and 'passing over it' in said and 'resuming at step 64' in said
+    assert 'cannot use' in said and 'checkpoint_step_66.pt as a checkpoint' in said and 'passing over it' in said \
+        and 'resuming at step 64' in said
     assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_67.pt',
                                                                           'checkpoint_step_68.pt']
     assert_same(weights(tmp_path / 'tinyzero_astarpo_final.pt'), weights(f'{trained[0]}/tinyzero_astarpo_final.pt'))

@@ -306,8 +306,8 @@ def training_problems(run):
         return [p for p, _ in groups for _ in range(num_responses_per_prompt)], None
     if fresh_prompts:
         return [p for p, _ in draw(run.task, TRAIN, step, batch_size)], None
-    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch. One that was never solved has
-    # a V* of 0, but for rounding.
+    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch. One that was never solved
+    # has a V* of 0, but for rounding.
     pool = np.flatnonzero(run.values.cpu().numpy() > 1e-6) if filter_failed else np.arange(num_train_samples)
     order = functools.cache(lambda epoch: np.random.default_rng((seed, TRAIN, epoch)).permutation(pool))
     local = batch_size // world_size

@@ -1,7 +1,7 @@
 """
 What the countdown models write, before and after A*PO: how responses end, how often they try, what they repeat.
 
-    python benchmarks/responses.py                # both models in assets/ on 500 held-out puzzles, a minute or two
+    python benchmarks/responses.py                # both models in assets/ on 500 held-out puzzles, half a minute
     python benchmarks/responses.py --read=100     # and the responses with reward 1 of the trained one, to be read
 
 An attempt is a line of the search. The flawless search of the same puzzle (Countdown.search) says which lines are true
