@@ -101,7 +101,7 @@ CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('auto', 'float32', 'bfloat16', 
 
 # What the settings that are left open become: by machine, and where a task needs something else, by both.
 AUTO = {
-    'cpu': dict(**SIZES['small'], warmup_steps=8000, warmup_batch_size=16, max_steps=80, batch_size=128,
+    'cpu': dict(**SIZES['small'], warmup_steps=6000, warmup_batch_size=16, max_steps=80, batch_size=128,
                 learning_rate=2e-4, num_train_samples=256, max_new_tokens=800, eval_interval=20,
                 micro_batch_tokens=2048, rollout_rows=1024),
     'gpu': dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
