@@ -672,26 +672,22 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            by_shape = {} # all layers' matrices of a shape are one batch
             for p in group['params']:
                 average = self.state[p].setdefault('average', torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(average, group['momentum']) # Nesterov
-                by_shape.setdefault(p.shape, []).append((p, unshard(update))) # a shard is no matrix
-            for (rows, columns), pairs in by_shape.items():
-                updates = orthogonalize(torch.stack([update for _, update in pairs])) * max(1, rows / columns) ** 0.5
-                for (p, _), update in zip(pairs, updates):
-                    p.add_(shard(update, p), alpha=-group['lr'])
+                update = orthogonalize(unshard(update)) * max(1, p.size(0) / p.size(1)) ** 0.5 # a shard is no matrix
+                p.add_(shard(update, p), alpha=-group['lr'])
 
 
 def orthogonalize(x, steps=5):
-    """The nearest matrices with singular values of about 1 (0.7 to 1.2 is good enough), by Newton-Schulz: (N, r, c)."""
-    wide = x if x.size(1) <= x.size(2) else x.mT
-    wide = wide / (wide.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    """The nearest matrix with singular values of about 1 (0.7 to 1.2 is good enough), by Newton-Schulz."""
+    wide = x if x.size(0) <= x.size(1) else x.T
+    wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
-        gram = wide @ wide.mT
+        gram = wide @ wide.T
         wide = 3.4445 * wide + (-4.7750 * gram + 2.0315 * gram @ gram) @ wide
-    return wide if x.size(1) <= x.size(2) else wide.mT
+    return wide if x.size(0) <= x.size(1) else wide.T
 
 
 def scale_learning_rates(run, factor):
