@@ -47,8 +47,12 @@ def apo_loss(logprobs, ref_logprobs, rewards, values, beta2):
     where it is and brings the gradient to the scale of a policy gradient, (V* - r + beta2 log-ratio) grad log pi: so
     learning rate and gradient clipping mean what they mean elsewhere.
     """
-    residual = beta2 * (logprobs - ref_logprobs) - (rewards - values) # (B,)
-    return residual.square().mean() / (2 * beta2)
+    return residual(logprobs, ref_logprobs, rewards, values, beta2).square().mean() / (2 * beta2)
+
+
+def residual(logprobs, ref_logprobs, rewards, values, beta2):
+    """Return how far beta2 log(pi / pi_ref) is from the optimal advantage r - V*, all (B,)."""
+    return beta2 * (logprobs - ref_logprobs) - (rewards - values)
 
 
 def value_loss(values, rewards, beta1):

@@ -1,5 +1,6 @@
 """
-The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, batched sampling, pretrained weights.
+The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, batched sampling, scoring, pretrained
+weights.
 
 RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU, no biases (Qwen2.5's QKV bias,
 Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
@@ -9,13 +10,13 @@ One `trunk` serves training, prefill and one-token decoding; the only difference
 This file knows integers only: no text, no tasks, no rewards.
 """
 import contextlib
-import glob
 import json
 import math
 import os
 import re
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -50,10 +51,9 @@ class ModelConfig:
             raise ValueError(f"rotary positions turn pairs of features, so head_dim={self.head_dim} must be even")
 
 
-# Named sizes. The published configuration is advertised as 50M; with SwiGLU's three matrices it is 201M.
+# Named sizes besides train.py's default. The published configuration is advertised as 50M; with SwiGLU's three
+# matrices it is 201M.
 SIZES = {
-    # 0.8M, for a laptop; two key heads, because one samples faster and four learn in fewer steps
-    'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=384),
     '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, d_ff=2048),
     'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
 }
@@ -70,7 +70,7 @@ class KVCache:
         self.length = 0 # positions filled; the model moves it on after its last layer
 
     def append(self, layer, k, v):
-        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all of that layer's keys and values."""
+        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all keys and values of that layer."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {end} are needed"
         self.k[layer, :, :, self.length:end] = k
@@ -125,14 +125,16 @@ class Attention(nn.Module):
         return self.wo(y.reshape(B, T, -1))
 
 
+LLAMA3_KEYS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings')
+
+
 def rotary_frequencies(config):
-    """Radians per position of each feature, (head_dim,): those of its pair, negative in the first half. Llama 3.1 slows
-    pairs down, by `factor`, that turn less than `low_freq_factor` times within the length it was first trained on, and
-    the next ones ever less."""
+    """Return the radians per position of each feature, (head_dim,): those of its pair, negative in the first half.
+    Llama 3.1 slows down, by `factor`, the pairs that turn less than `low_freq_factor` times within the length it was
+    first trained on, and the next ones ever less."""
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling:
-        factor, low, high, length = (config.rope_scaling[name] for name in (
-            'factor', 'low_freq_factor', 'high_freq_factor', 'original_max_position_embeddings'))
+        factor, low, high, length = (config.rope_scaling[name] for name in LLAMA3_KEYS)
         turns = length * frequencies / (2 * math.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1) # 1: as it was
         frequencies = frequencies * (kept + (1 - kept) / factor)
@@ -176,22 +178,26 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def tie_and_rotate(self, device=None):
-        """What is derived: output weights that are the embedding's, and the table of rotary positions."""
+        """Make what is derived: output weights that are the embedding's, and the table of rotary positions."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
-        angles = torch.outer(torch.arange(self.config.max_seq_len), rotary_frequencies(self.config))
-        table = torch.stack((angles.cos(), angles.sin())).to(device=device) # (2, max_seq_len, head_dim)
+        self.rotary_table(min(self.config.max_seq_len, 2048), device)
+
+    def rotary_table(self, length, device=None):
+        """Tabulate cosines and sines of the first `length` positions."""
+        angles = torch.outer(torch.arange(length), rotary_frequencies(self.config))
+        table = torch.stack((angles.cos(), angles.sin())).to(device=device) # (2, length, head_dim)
         self.register_buffer('cos_sin', table, persistent=False)
 
     @classmethod
     def without_memory(cls, config):
-        """A model of shapes only, to be sharded or cast. `allocate` gives it memory; its weights are yet to come."""
+        """Build a model of shapes only, to be sharded or cast. `allocate` gives it memory; its weights come later."""
         with torch.device('meta'):
             return cls(config)
 
     def allocate(self, weights_on, device=None):
-        """Memory for the weights, which may stay on the CPU, and again what is derived, which to_empty unties and
-        empties, on the device that computes."""
+        """Give memory to the weights, which may stay on the CPU, and make again, on the device that computes, what is
+        derived, because to_empty unties and empties it."""
         self.to_empty(device=weights_on)
         self.tie_and_rotate(device or weights_on)
 
@@ -208,12 +214,12 @@ class Transformer(nn.Module):
         nn.init.zeros_(self.value_head.weight)
 
     def num_params(self):
-        """Every parameter, embeddings included (a tied one counts once)."""
+        """Count every parameter, embeddings included (a tied one once)."""
         return sum(p.numel() for p in self.parameters())
 
     def forward(self, tokens, cache=None, at=None):
         """
-        tokens (B, T) -> logits (B, T, vocab_size), values (B, T).
+        Compute tokens (B, T) -> logits (B, T, vocab_size), values (B, T).
 
         With a cache, tokens are the positions that follow those in it. `at`, a boolean mask (B, T), asks for the logits
         of the marked positions only: logits (at.sum(), vocab_size), which spares padding and prompts the widest matrix.
@@ -226,34 +232,40 @@ class Transformer(nn.Module):
         return logits, values
 
     def trunk(self, tokens, cache=None):
-        """All but the heads: tokens (B, T) -> (B, T, d_model)."""
-        start, T = (cache.length if cache is not None else 0), tokens.size(1)
-        if start + T > self.config.max_seq_len:
-            raise ValueError(f"a sequence of {start + T} tokens does not fit max_seq_len={self.config.max_seq_len}")
+        """Compute all but the heads: tokens (B, T) -> (B, T, d_model)."""
+        start = cache.length if cache is not None else 0
+        end = start + tokens.size(1)
+        if end > self.config.max_seq_len:
+            raise ValueError(f"a sequence of {end} tokens does not fit max_seq_len={self.config.max_seq_len}")
+        if end > self.cos_sin.size(1): # it grows with the sequences: for a million positions it would take gigabytes
+            self.rotary_table(min(2 * end, self.config.max_seq_len), tokens.device)
         x = self.embed(tokens) # (B, T, d_model)
-        cos, sin = self.cos_sin[:, start:start + T].to(x.dtype)
+        cos, sin = self.cos_sin[:, start:end].to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, cache) if not self.recompute or cache is not None else \
                 checkpoint(block, x, cos, sin, None, use_reentrant=False)
         if cache is not None:
-            cache.length += T
+            cache.length = end
         return self.norm(x)
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=None, watch=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform=None, watch=None):
     """
     Sample one response for each prompt.
 
-    prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is greedy.
-    Returns tokens (B, T), each row its prompt, its response and then eos as padding, and mask (B, T), True at sampled
-    positions up to and including the first eos. A row without eos under its mask ran into max_new_tokens. `watch`, if
-    given, is called with the first row's response so far after every token of it.
+    prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is greedy. ends: the
+    tokens that end a response; the first one also pads. uniform (B, max_new_tokens) in [0, 1): the noise, one number
+    for each token of a response, fresh when not given; what a row samples does not depend on the other rows. watch, if
+    given, is called after each step with the tokens so far, (B, t).
+
+    Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at sampled positions up
+    to and including the first end. A row without an end under its mask ran into max_new_tokens. Raises ValueError when
+    the longest prompt and max_new_tokens exceed max_seq_len.
 
     No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the
     shortest has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave
-    the batch. The noise is one uniform number per row and response token, drawn in advance: what a row samples does
-    not depend on which other rows are still running.
+    the batch.
     """
     device = model.embed.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -262,27 +274,29 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
     if T > model.config.max_seq_len:
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
-    tokens = torch.tensor([prompt + [eos] * (T - len(prompt)) for prompt in prompts], device=device)
+    tokens = torch.tensor([prompt + [ends[0]] * (T - len(prompt)) for prompt in prompts], device=device)
     mask = torch.zeros(B, T, dtype=torch.bool, device=device)
-    uniform = torch.rand(B, max_new_tokens, generator=generator, device=device)
+    end_tokens = torch.tensor(ends, device=device)
+    uniform = torch.rand(B, max_new_tokens, device=device) if uniform is None else uniform.to(device)
 
     cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
     rows = torch.arange(B, device=device) # the rows still running
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
     unseen = tokens[:, :shortest] # by the model
     for t in range(shortest, T):
-        # (B, vocab_size) for the last position only, for it is 150,000 wide in Qwen
+        # (B, vocab_size) for the last position only, because it is 150,000 wide in Qwen
         logits = model.lm_head(model.trunk(unseen, cache)[:, -1])
         step = t - lengths[rows] # index of the response token that stands at position t, negative inside a prompt
-        sampled = sample(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
+        sampled = sample_token(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
         is_response = (step >= 0) & alive
         token = torch.where(is_response, sampled, tokens[rows, t]) # inside a prompt its own token is forced
         tokens[rows, t], mask[rows, t] = token, is_response
-        if watch and rows[0] == 0 and is_response[0]:
-            watch(tokens[0, lengths[0]:t + 1])
-        alive &= ~(is_response & (token == eos)) & (step < max_new_tokens - 1)
+        if watch:
+            watch(tokens[:, :t + 1])
+        ended = is_response & (token[:, None] == end_tokens).any(1)
+        alive &= ~ended & (step < max_new_tokens - 1)
         # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked every few tokens
-        # only, for it has to stop and answer.
+        # only, because it has to stop and answer.
         if (t % 8 == 0 or not logits.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
             if not alive.any():
                 break
@@ -294,14 +308,75 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, eos=0, generator=N
     return tokens[:, :T], mask[:, :T]
 
 
-def sample(logits, temperature, uniform):
-    """One token per row by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) -> (B,)."""
+def sample_token(logits, temperature, uniform):
+    """Sample one token per row by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) ->
+    (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1) # (B, V)
     # The first token whose cumulative probability exceeds the draw; one of probability 0 can never be it.
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return token.clamp(max=logits.size(-1) - 1)
+
+
+def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
+    """
+    Score responses: the log-probabilities of the tokens under the mask, and the value head at the end of the prompt.
+
+    tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,). temperature divides the logits, as in
+    sampling. dtype is the precision of the matrix multiplies.
+    """
+    targets = mask[:, 1:] # the logits at position t are about the token at t + 1
+    with torch.autocast(tokens.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
+        logits, values = model(tokens[:, :-1], at=targets)
+    logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
+    by_token = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
+    prompt_end = mask.int().argmax(1, keepdim=True) - 1
+    return by_token, values.gather(1, prompt_end).squeeze(1)
+
+
+def micro_batches(mask, micro_batch_tokens, at_least=1):
+    """
+    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with their padding, where one
+    row is not longer than that. mask (B, T) -> list of at_least or more LongTensors of row indices.
+    """
+    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).cpu().numpy()
+    order = lengths.argsort(kind='stable')
+    widths = -(-lengths[order] // 16) * 16 # as trim leaves them
+    cost, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
+    for end in range(1, len(order) + 1): # the best cut of the first `end` rows, from the best cuts of fewer
+        cells = np.arange(end, 0, -1) * widths[end - 1] # of a last piece that starts at 0, 1, ... end - 1
+        cells[:-1] = np.where(cells[:-1] > micro_batch_tokens, 2 ** 60, cells[:-1])
+        total = cost[:end] + cells + micro_batch_tokens // 16
+        starts[end], cost[end] = total.argmin(), total.min()
+    pieces, end = [], len(order)
+    while end:
+        pieces.append(order[starts[end]:end])
+        end = starts[end]
+    while len(pieces) < at_least:
+        pieces.sort(key=len)
+        pieces += np.array_split(pieces.pop(), 2)
+    return [torch.from_numpy(piece).to(mask.device) for piece in pieces]
+
+
+def trim(tokens, mask):
+    """Cut the padding behind the longest row; lengths are multiples of 16, because each new shape costs a CPU a new
+    kernel. tokens, mask (B, T) -> (B, T'), (B, T')."""
+    end = int(mask.any(0).nonzero().max()) + 1
+    end = min(-(-end // 16) * 16, mask.size(1))
+    return tokens[:, :end], mask[:, :end]
+
+
+@torch.no_grad()
+def embed_numbers(model, numbers):
+    """Let tokens that are numbers, {id: value}, start as sines and cosines of their value (after FoNE, arXiv
+    2502.09741). Adding then is turning, which the model learns in minutes; from random vectors it has to discover the
+    order of the numbers first."""
+    ids, values = torch.tensor([*numbers.keys()]), torch.tensor([*numbers.values()], dtype=torch.float32)
+    angles = values[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400])
+    waves = torch.cat((angles.cos(), angles.sin()), dim=1) # (numbers, 20), each row of length sqrt(10)
+    directions = torch.randn(waves.size(1), model.config.d_model) / math.sqrt(10)
+    model.embed.weight[ids] = 0.02 * waves @ directions + 0.25 * model.embed.weight[ids]
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -321,9 +396,11 @@ HF_MODULES = { # ours, and theirs, whose rows stand in it one after another
 
 
 def read_config(folder):
-    """config.json -> ModelConfig. Raises ValueError, naming it, for what the Transformer does not cover."""
+    """Read config.json into a ModelConfig, with the format's own defaults. Raises ValueError, naming it, for what the
+    Transformer does not cover."""
     with open(os.path.join(folder, 'config.json')) as file:
-        theirs = dict(tie_word_embeddings=False, rope_theta=10000.0) | json.load(file)
+        theirs = dict(tie_word_embeddings=False, rope_theta=10000.0, hidden_act='silu', max_position_embeddings=2048)
+        theirs |= json.load(file)
     rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {} # transformers 5 writes the former
     theirs['rope_theta'] = rope.get('rope_theta', theirs['rope_theta'])
     theirs['rope_type'] = rope.get('rope_type', rope.get('type', 'default'))
@@ -332,13 +409,16 @@ def read_config(folder):
                               use_sliding_window=[None, False]).items():
         if theirs.get(name) not in covered:
             raise ValueError(f"{name} {theirs.get(name)!r} is not covered, only {' and '.join(map(str, covered))}")
+    for name in LLAMA3_KEYS if theirs['rope_scaling'] else ():
+        if name not in rope:
+            raise ValueError(f"config.json says rope_type llama3 without {name}")
     known = {ours: theirs[name] for ours, name in HF_CONFIG.items() if theirs.get(name) is not None}
     return ModelConfig(**known, **ARCHITECTURES[theirs['model_type']])
 
 
 def counterparts(model):
-    """Pairs of each of our parameters and the tensors of Hugging Face that its rows are made of, {name: rows}: q, k, v
-    and gate, up are one matrix here. The value head, which they do not have, is left out."""
+    """Yield pairs of each of our parameters and the tensors of Hugging Face that its rows are made of, {name: rows}:
+    q, k, v and gate, up are one matrix here. The value head, which they do not have, is left out."""
     config = model.config
     qkv = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     for name, p in model.named_parameters(): # without lm_head where that is the embedding
@@ -350,14 +430,32 @@ def counterparts(model):
             yield p, dict(zip(names, rows))
 
 
+def weight_files(folder):
+    """Return the paths of the safetensors files that hold a model: those that its index names, because others may lie
+    there too, else the one whole file. Raises ValueError when there is none."""
+    index, whole = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
+    named = []
+    if os.path.exists(index):
+        with open(index) as file:
+            named = [os.path.join(folder, name) for name in sorted({*json.load(file)['weight_map'].values()})]
+    absent = [path for path in named if not os.path.exists(path)]
+    if named and not absent:
+        return named
+    if os.path.exists(whole):
+        return [whole]
+    raise ValueError(f"its index names {absent[0]}, which is not there" if absent else
+                     "it holds no safetensors (other formats, such as pytorch_model.bin, are not read)")
+
+
 def load_pretrained(model, folder):
-    """Read the weights in a folder: pairs of a parameter and its whole value, one after the other, so that no second
-    copy is held in memory. Raises ValueError, naming it, for a tensor that is unknown, of another shape, or missing."""
+    """Read the weights in a folder: yield pairs of a parameter and its whole value, one after the other, so that no
+    second copy is held in memory. Raises ValueError, naming it, for a tensor that is unknown, of another shape, missing
+    or not tied where config.json says so."""
     from safetensors import safe_open
     where = {}
     with contextlib.ExitStack() as stack:
-        for shard in sorted(glob.glob('model*.safetensors', root_dir=folder)):
-            file = stack.enter_context(safe_open(os.path.join(folder, shard), 'pt'))
+        for path in weight_files(folder):
+            file = stack.enter_context(safe_open(path, 'pt'))
             where |= dict.fromkeys(file.keys(), file)
         pairs = list(counterparts(model))
         expected = {name: (rows, *p.shape[1:]) for p, parts in pairs for name, rows in parts.items()}
@@ -369,11 +467,15 @@ def load_pretrained(model, folder):
                     f"should be {expected[name]}" if name in expected else "this architecture has not"))
         if missing := expected.keys() - where.keys():
             raise ValueError(f"the tensor {min(missing)} is missing ({len(missing)} in all)")
+        head, embedding = 'lm_head.weight', 'model.embed_tokens.weight'
+        if model.config.tie_embeddings and head in where \
+                and not torch.equal(where[head].get_tensor(head), where[embedding].get_tensor(embedding)):
+            raise ValueError(f"config.json says tie_word_embeddings, but {head} is not {embedding}")
         for p, parts in pairs:
             yield p, torch.cat([where[name].get_tensor(name) for name in parts])
 
 
-def save_pretrained(model, folder, eos):
+def save_pretrained(model, folder, ends):
     """Write the model, without its value head, as config.json and model.safetensors that transformers loads: a Llama
     unless it has Qwen's options. Raises ValueError when no architecture has all of its options, FileExistsError when
     the folder is there."""
@@ -385,7 +487,8 @@ def save_pretrained(model, folder, eos):
     os.makedirs(folder)
     theirs = {name: getattr(model.config, ours) for ours, name in HF_CONFIG.items()}
     theirs |= dict(model_type=kind, architectures=[kind.capitalize() + 'ForCausalLM'], hidden_act='silu',
-                   eos_token_id=eos, torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
+                   eos_token_id=ends[0] if len(ends) == 1 else ends,
+                   torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
     with open(os.path.join(folder, 'config.json'), 'w') as file:
         json.dump(theirs, file, indent=2)
     weights = {name: view.detach().to('cpu', copy=True) for p, parts in counterparts(model)

@@ -1,23 +1,20 @@
 """
-The tasks: problems, prompts, demonstrations for the warm-up, and the verifiers that decide what is right.
+The tasks: problems, prompts, demonstrations for the warm-up, the verifiers that decide what is right, and the split.
 
-A task has problem(rng), prompt(problem), parse(text), demonstration(problem, rng), grade(problem, response),
-canonical(problem), is_test(problem) and difficulty(problem). This file knows strings only: no tensors, no model.
+A task is one class: its parameters are the keyword arguments of its constructor, its `defaults` the settings of
+train.py that suit it. Countdown and Multiplication are the main ones; Chain, the smallest, is the one to copy, and
+examples/ has more, a file each. This file knows strings only: no tensors, no model.
 
 The verifier is the ground truth of everything in this repo. It never executes what the model wrote: it has a tokenizer
 and a parser of its own, exact rational arithmetic, and refuses answers of more than 256 characters unread.
 """
-import copy
-import difflib
 import functools
 import hashlib
+import importlib.util
 import itertools
 import json
 import math
-import random
 import re
-import signal
-import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -36,12 +33,11 @@ class Tokenizer:
     is one token and a single space between two numbers (or dots) is implied by their being neighbours; else numbers
     are spelt in digits.
     """
-    form = '' # of the prompts: the task's own
 
     def __init__(self, tokens):
         self.state = self.tokens = list(tokens) # `state` is plain data that travels in a checkpoint
         self.ids = {token: i for i, token in enumerate(self.tokens)}
-        self.eos = self.ids[EOS]
+        self.ends = [self.ids[EOS]] # the tokens that end a response; the first one ends demonstrations
         self.whole_numbers = '10' in self.ids
         words = sorted((re.escape(t) for t in self.tokens if not t.isdigit()), key=len, reverse=True)
         words += ['[0-9]+' if self.whole_numbers else '[0-9]', '.'] # a letter that no token has, to name it
@@ -63,50 +59,71 @@ class Tokenizer:
             text = re.sub('(?<=[0-9.])\0(?=[0-9.])', ' ', text)
         return text.replace('\0', '')
 
+    def prompt(self, task, problem):
+        """Return what the model is asked: the task's own short prompt."""
+        return task.prompt(problem)
 
-# What a pretrained model is asked, with TinyZero's content: a transcript to go on with, or ChatML as in Qwen's chats.
+
+# What stands around a pretrained model's question: a transcript to continue, or ChatML as in Qwen's chats.
 FORMS = dict(
     base='The following is a conversation. A user asks a question, and an assistant first thinks about it and then '
          'gives the answer.\nUser: {}\nAssistant: Let me work it out step by step.\n<think>',
     chat='<|im_start|>system\nYou are a helpful assistant. You first think about a question and then give the answer.'
          '<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nLet me work it out step by step.\n<think>')
-TAGGED = 'Think inside <think> </think>, then give {} inside <answer> </answer>, for example <answer> {} </answer>.'
 
 
 class PretrainedTokenizer:
     """
     A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer. Its state is the
     model's own files as text, {name: text}. Padding is end-of-sequence here, whatever they say: masks tell them apart.
-    Raises ValueError when they name no end-of-sequence.
+    Raises ValueError when they name no end-of-sequence, or one that the tokenizer does not have.
     """
 
     def __init__(self, files):
         from tokenizers import Tokenizer as Library
         self.state, self.library = files, Library.from_str(files['tokenizer.json'])
-        read = lambda name: json.loads(files.get(name, '{}'))
-        # An instruct model may list several ends; what its tokenizer says is the one that ends its turns.
-        end = read('tokenizer_config.json').get('eos_token')
-        end = self.library.token_to_id(end['content'] if isinstance(end, dict) else end) if end else None
-        ends = end, *(read(name).get('eos_token_id') for name in ('generation_config.json', 'config.json'))
-        self.eos = next((end[0] if isinstance(end, list) else end for end in ends if end is not None), None)
-        if self.eos is None:
+        self.ends = self.find_ends()
+        # Some tokenizers begin every text with special tokens, which go in front of the prompt; some also end it.
+        text = self.library.encode('x')
+        begin = [i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask))]
+        chat = self.library.id_to_token(self.ends[0]) == '<|im_end|>'
+        self.form = self.library.decode(begin, skip_special_tokens=False) + FORMS['chat' if chat else 'base']
+
+    def find_ends(self):
+        """Return the ids of all tokens that the files call an end: instruct models list several, and their files
+        differ. The tokenizer's own, which ends a turn, comes first."""
+        ends = []
+        for name in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
+            content = json.loads(self.state.get(name, '{}'))
+            if token := content.get('eos_token'):
+                token = token['content'] if isinstance(token, dict) else token
+                if self.library.token_to_id(token) is None:
+                    raise ValueError(f"{name} ends a sequence with {token!r}, which tokenizer.json does not have")
+                ends.append(self.library.token_to_id(token))
+            listed = content.get('eos_token_id')
+            ends += listed if isinstance(listed, list) else [] if listed is None else [listed]
+        if not ends:
             raise ValueError("no end-of-sequence in tokenizer_config.json, generation_config.json or config.json")
-        # Some tokenizers begin every text with a token of their own, which goes in front of the prompt only.
-        begin = self.library.decode(self.library.encode('').ids, skip_special_tokens=False)
-        self.form = begin + FORMS['chat' if self.library.id_to_token(self.eos) == '<|im_end|>' else 'base']
+        return list(dict.fromkeys(ends))
 
     def encode(self, text):
+        """str -> list of ids, without the special tokens that some tokenizers put around every text."""
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """list of ids -> str, where only the end-of-sequence reads EOS, so that grading knows it by that."""
-        end = ids.index(self.eos) if self.eos in ids else len(ids)
+        """list of ids -> str, where only an end-of-sequence reads EOS, so that grading knows it by that."""
+        end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
         text = self.library.decode(ids[:end], skip_special_tokens=False)
         return text.replace(EOS, EOS.upper()) + EOS * (end < len(ids))
 
+    def prompt(self, task, problem):
+        """Return what the model is asked: the task's question in words, in a chat or a transcript."""
+        return self.form.format(task.question(problem))
+
 
 def tokenizer_files(folder):
-    """The state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError without a tokenizer.json."""
+    """Return the state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError without a
+    tokenizer.json."""
     paths = [Path(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
                                              'config.json', 'special_tokens_map.json', 'chat_template.jinja')]
     return {path.name: path.read_text(encoding='utf-8') for path in paths if path.exists() or path == paths[0]}
@@ -123,7 +140,7 @@ WRONG = Grade(0.0, False, False)
 
 def extract_answer(response):
     """
-    The text between <answer> and </answer>, or None when the response is not
+    Return the text between <answer> and </answer>, or None when the response is not
     `thinking </think> <answer> ... </answer>` with white space between and exactly one answer behind the one </think>.
     """
     head, end_think, tail = response.split(EOS)[0].partition(END_THINK)
@@ -132,50 +149,69 @@ def extract_answer(response):
 
 
 class Task:
-    """What the tasks share: the split, and the verifier of those whose answer is a whole number, `solution`."""
-    form = '' # where the question is asked in words, what stands around it
+    """
+    What the tasks share: the split, and the verifier of those whose answer is a whole number, `solution(problem)`.
+
+    A task of your own has tokens, problem, prompt, parse, demonstration and grade (or solution), as Chain has; the rest
+    is here. Only pretrained weights need `question`.
+    """
+    defaults = {} # the settings of train.py that suit this task
+    tokens = None # the vocabulary of a model from random weights; a task without one needs pretrained weights
     longest_prompt = 256 # tokens
 
     def canonical(self, problem):
-        """Equal for the same puzzle written differently; a problem that is a text is that already."""
+        """Return a text that is equal for the same puzzle written differently; a problem that is a text is that."""
         return problem
 
     def difficulty(self, problem):
-        """The group of problems that accuracy is reported by."""
+        """Return the group of problems that accuracy is reported by."""
         return 'all'
 
     def remark(self, problem):
-        """What sample.py says beside a problem: why it cannot be solved, or that it is outside the training."""
+        """Return what sample.py says beside a problem: why it cannot be solved, or that it is outside the training."""
         return ''
 
     def explain(self, problem, answer):
-        """What sample.py says of an answer that parses and is wrong."""
+        """Return what sample.py says of an answer that parses and is wrong."""
         return ''
 
     def is_test(self, problem):
-        """About a tenth of all puzzles, chosen by a stable hash: never trained on, neither in warm-up nor later."""
+        """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never trained on."""
         return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
 
     def draw(self, rng, test=False):
-        """A problem from the training split, or from the test split. Raises ValueError when there seems to be none."""
+        """Draw a problem from the training split, or from the test split. Raises ValueError when there seems to be
+        none."""
         for _ in range(10000):
             if self.is_test(problem := self.problem(rng)) == test:
                 return problem
         raise ValueError("these number ranges allow too few problems for a split into training and test")
 
+    def training_problems(self, key, indices):
+        """Return a training problem with its generator for each index: a function of the key (seed, stream, step) and
+        the index alone."""
+        rngs = [np.random.default_rng((*key, i)) for i in indices]
+        return [(self.draw(rng), rng) for rng in rngs]
+
     def grade(self, problem, response):
-        """Of an answer that must be solution(problem), in plain ASCII digits; other tasks have a grade of their own."""
+        """Grade an answer that must be solution(problem), in plain ASCII digits; other tasks have their own grade.
+
+        Returns a Grade. A reward lies between 0 and 1 and is 1 only when the answer is correct. Whatever is returned
+        here, sample.respond gives a response that was cut off the reward 0.
+        """
         match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
         correct = match is not None and int(match[1]) == self.solution(problem)
         return Grade(float(correct), correct, match is not None)
 
-    def ask(self, short, question, answer, example):
-        """The prompt: short in our own vocabularies; in words for a pretrained model, with an example of an answer."""
-        return self.form.format(f'{question} {TAGGED.format(answer, example)}') if self.form else short + THINK
+
+def in_words(question, answer, example):
+    """Return a question for a pretrained model: what is asked, and in which tags its answer is wanted."""
+    return (f'{question} Think inside <think> </think>, then give {answer} inside <answer> </answer>, for example '
+            f'<answer> {example} </answer>.')
 
 
 def typed(pattern, text, example):
-    """The match of a problem that a person typed. Raises ValueError with an example of one."""
+    """Match a problem that a person typed. Raises ValueError with an example of one."""
     if match := re.fullmatch(pattern, text.strip()):
         return match
     raise ValueError(f"{text.strip()[:80]!r} is no problem of this task; write it like {example!r}")
@@ -190,7 +226,7 @@ class CountdownProblem(NamedTuple):
 
 
 def reachable(numbers):
-    """Every value that whole-number arithmetic makes from all of the numbers (a sorted tuple), exact."""
+    """Return every value that whole-number arithmetic makes from all of the numbers (a sorted tuple)."""
     # What five numbers and more reach is much, and seldom asked for twice: it is not kept.
     return (reachable_by_few if len(numbers) < 5 else reachable_by_few.__wrapped__)(numbers)
 
@@ -210,7 +246,7 @@ def reachable_by_few(numbers):
 
 
 def operations(x, y):
-    """The operations on two whole numbers whose result is a whole number, as (larger, operator, smaller, result)."""
+    """List the operations on two whole numbers whose result is whole, as (larger, operator, smaller, result)."""
     a, b = max(x, y), min(x, y)
     result = [(a, '+', b, a + b), (a, '-', b, a - b), (a, '*', b, a * b)]
     return result + [(a, '/', b, a // b)] if b and a % b == 0 else result
@@ -230,10 +266,20 @@ class Countdown(Task):
     would favour targets with many solutions and make the puzzles easier.
     """
 
-    def __init__(self, min_numbers=3, max_numbers=4, max_number=20, max_target=100, partial_credit=0.0):
-        self.min_numbers, self.max_numbers, self.max_number, self.max_target = (
-            min_numbers, max_numbers, max_number, max_target)
-        self.partial_credit = partial_credit # reward of a wrong answer that is almost there; 0: none
+    def __init__(self,
+                 min_numbers=3, # how many numbers at least
+                 max_numbers=4, # how many at most, up to 6
+                 max_number=20, # numbers are drawn from 1 to this
+                 max_target=100, # targets are drawn from 1 to this, among those that can be reached
+                 partial_credit=0.0, # the most that a wrong answer earns that is almost there, below 1
+                 ):
+        if not 3 <= min_numbers <= max_numbers <= 6:
+            raise ValueError(f"it takes 3 to 6 numbers, {min_numbers=} and {max_numbers=} do not fit")
+        if min(max_number, max_target) < 1 or not 0 <= partial_credit < 1:
+            raise ValueError(f"{max_number=} and {max_target=} must be at least 1, {partial_credit=} below 1")
+        self.min_numbers, self.max_numbers = min_numbers, max_numbers
+        self.max_number, self.max_target = max_number, max_target
+        self.partial_credit = partial_credit
         # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 98% of
         # the puzzles have a solution below it.
         self.largest = max(max_target * 3 // 2, max_number, 10)
@@ -248,12 +294,15 @@ class Countdown(Task):
                 return CountdownProblem(numbers, targets[rng.integers(len(targets))])
 
     def prompt(self, problem):
-        return self.ask(f"{' '.join(map(str, problem.numbers))}={problem.target}",
-                        f"Make {problem.target} from the numbers {', '.join(map(str, problem.numbers))}, using each "
-                        "exactly once, with + - * / and parentheses.", 'the expression', '(1 + 2) / 3')
+        return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
+
+    def question(self, problem):
+        numbers = ', '.join(map(str, problem.numbers))
+        return in_words(f'Make {problem.target} from the numbers {numbers}, using each exactly once, with + - * / and '
+                        'parentheses.', 'the expression', '(1 + 2) / 3')
 
     def parse(self, text):
-        """'3 5 7 = 22' -> problem. Raises ValueError."""
+        """Read '3 5 7 = 22'. Raises ValueError."""
         match = typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 
@@ -267,11 +316,10 @@ class Countdown(Task):
         numbers, target = problem
         if target not in reachable(tuple(sorted(numbers))):
             return 'cannot be solved by whole-number steps'
-        if (self.min_numbers <= len(numbers) <= self.max_numbers and 1 <= target <= self.max_target
-                and 1 <= min(numbers) and max(numbers) <= self.max_number):
-            return ''
-        return (f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to {self.max_number}, '
-                f'targets up to {self.max_target}')
+        usual = (self.min_numbers <= len(numbers) <= self.max_numbers and 1 <= target <= self.max_target
+                 and 1 <= min(numbers) and max(numbers) <= self.max_number)
+        return '' if usual else (f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to '
+                                 f'{self.max_number}, targets up to {self.max_target}')
 
     def explain(self, problem, answer):
         value, used = evaluate(answer)
@@ -281,9 +329,9 @@ class Countdown(Task):
 
     def demonstration(self, problem, rng):
         """
-        A search of which two in three are given up within four lines. When a line solves the puzzle,
+        Write a search; two in three are given up within four lines. When a line solves the puzzle,
         `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression; else it is just the sum of the numbers.
-        That it pays to go on is for A*PO to find out.
+        That it pays to search longer is left for A*PO to find out.
         """
         lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else math.inf
         answer = '+'.join(map(str, problem.numbers))
@@ -299,7 +347,7 @@ class Countdown(Task):
 
     def search(self, problem, pool=None, joined=()):
         """
-        A search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
+        Search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
         three numbers, z, aside and lists what + - * / make of the target and z, which is what the other two would have
         to make, and what these do make. A number in both lists solves the puzzle. Of more than three numbers some are
         joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, no solver guides the search.
@@ -326,7 +374,7 @@ class Countdown(Task):
                                      for end in self.joins(z, middle) if end.value == problem.target)
 
     def joins(self, x, y):
-        """The terms that + - * / make of two, each value once, none too large; the steps of x come first."""
+        """Return the terms that + - * / make of two, each value once, none too large; the steps of x come first."""
         made, steps = {}, x.steps + y.steps
         x, y = sorted((x, y), key=lambda term: term.value, reverse=True)
         for a, operator, b, result in operations(x.value, y.value):
@@ -336,8 +384,8 @@ class Countdown(Task):
         return list(made.values())
 
     def results(self, x, y):
-        """What + - * / make of two numbers, as strings in this order; '.' where that is not whole, too large or a
-        product with 0 (which no division undoes), dropped at the end."""
+        """Return what + - * / make of two numbers, as strings in this order; '.' where that is not whole, too large
+        or a product with 0 (which no division undoes), dropped at the end."""
         made = {operator: str(result) for _, operator, _, result in operations(x, y)
                 if result <= self.largest and (operator != '*' or result)}
         return ' '.join(made.get(operator, '.') for operator in '+-*/').rstrip(' .').split()
@@ -357,7 +405,8 @@ class Countdown(Task):
 
 def evaluate(text):
     """
-    The value of an arithmetic expression as an exact Fraction (None when it divides by zero), and the integers it uses.
+    Return the value of an arithmetic expression as an exact Fraction (None when it divides by zero), and the integers
+    it uses.
 
     Integers are ASCII digits without leading zero; + - * / and parentheses, no signs, dots or underscores; white space
     only between tokens. Raises ValueError on anything else. Operators wait on a stack until what follows binds less
@@ -386,7 +435,7 @@ def evaluate(text):
 
 
 def apply(x, operator, y):
-    """x operator y, or None where a division by zero is in it."""
+    """Return x operator y, or None where a division by zero is in it."""
     if x is None or y is None or operator == '/' and y == 0:
         return None
     return x + y if operator == '+' else x - y if operator == '-' else x * y if operator == '*' else x / y
@@ -402,8 +451,14 @@ class MultiplicationProblem(NamedTuple):
 
 class Multiplication(Task):
     """What is a × b? Numbers are spelt in digits, so that the model has to carry."""
+    defaults = dict(warmup_steps=4000, warmup_batch_size=32, max_steps=160, learning_rate=4e-4, num_train_samples=512,
+                    max_new_tokens=96)
 
-    def __init__(self, max_factor=99):
+    def __init__(self,
+                 max_factor=99, # factors are drawn from 1 to this
+                 ):
+        if max_factor < 1:
+            raise ValueError(f"{max_factor=} must be at least 1")
         self.max_factor = max_factor
         self.tokens = TAGS + ['What is ', ' × ', '?', '=', '+', '*', '\n'] + [str(n) for n in range(10)]
 
@@ -411,11 +466,13 @@ class Multiplication(Task):
         return MultiplicationProblem(*map(int, rng.integers(1, self.max_factor + 1, 2)))
 
     def prompt(self, problem):
-        question = f'What is {problem.a} × {problem.b}?'
-        return self.ask(question, question, 'the number', '1009') # a prime: no product
+        return f'What is {problem.a} × {problem.b}?{THINK}'
+
+    def question(self, problem):
+        return in_words(f'What is {problem.a} × {problem.b}?', 'the number', '1009') # a prime: no product
 
     def parse(self, text):
-        """'47 * 36', '47 x 36' or 'What is 47 × 36?' -> problem. Raises ValueError."""
+        """Read '47 * 36', '47 x 36' or 'What is 47 × 36?'. Raises ValueError."""
         match = typed(r'(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??', text, '47 * 36')
         return MultiplicationProblem(int(match[1]), int(match[2]))
 
@@ -437,9 +494,9 @@ class Multiplication(Task):
 
     def demonstration(self, problem, rng):
         """
-        Of mixed quality, as texts by people are: a third give the answer at once, a third write the product with each
-        digit of b and add these up, a third break it down to the products of single digits. All are right; but the less
-        is written, the harder it is to say. Which way of thinking pays is for A*PO to find out.
+        Write one of mixed quality, as texts by people are: a third give the answer at once, a third write the product
+        with each digit of b and add these up, a third break it down to the products of single digits. All are right;
+        but the less is written, the harder it is to say. Which way of thinking pays is left for A*PO to find out.
 
         Numbers in the working stand with their units first, 74*03=0141, so that a carry is known before the digit that
         needs it (Lee et al., arXiv 2307.03381); written the usual way, nearly all of the last errors were carries.
@@ -458,12 +515,17 @@ class Multiplication(Task):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Three small ones, to start your own from
+# A small one, to start your own from
 
 class Chain(Task):
     """What is 7+12-5? A problem is that text. Half of the demonstrations answer at once, half write each sum."""
+    defaults = dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
-    def __init__(self, max_number=20):
+    def __init__(self,
+                 max_number=20, # numbers are drawn from 1 to this
+                 ):
+        if max_number < 1:
+            raise ValueError(f"{max_number=} must be at least 1")
         self.max_number = max_number
         self.tokens = TAGS + list('+-=\n') + [str(n) for n in range(6 * max_number + 1)] # numbers as a whole
 
@@ -478,7 +540,10 @@ class Chain(Task):
         return sum(map(int, re.findall('[+-]?[0-9]+', problem)))
 
     def prompt(self, problem):
-        return self.ask(problem, f'What is {problem}?', 'the number', '1009')
+        return problem + THINK
+
+    def question(self, problem):
+        return in_words(f'What is {problem}?', 'the number', '1009')
 
     def parse(self, text):
         text = re.sub(' *([+-]) *', r'\1', text.strip())
@@ -497,185 +562,23 @@ class Chain(Task):
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.solution(problem)}{END_ANSWER}'
 
 
-class Equation(Task):
-    """
-    Which whole number x makes a*x+b=c? A problem is that text. Half of the demonstrations answer at once, half write
-    two steps: 22-7=15 and 15/3=5.
-    """
-
-    def __init__(self, max_number=20):
-        self.max_number = max_number
-        self.tokens = TAGS + list('*x+-/=\n') + [str(n) for n in range(9 * max_number + 100)]
-
-    def problem(self, rng):
-        a, b, x = (int(rng.integers(low, high + 1)) for low, high in ((2, 9), (1, 99), (1, self.max_number)))
-        return f'{a}*x+{b}={a * x + b}'
-
-    def solution(self, problem):
-        a, b, c = map(int, re.findall('[0-9]+', problem))
-        return (c - b) / a
-
-    def prompt(self, problem):
-        return self.ask(problem, f'Which whole number x solves {problem}?', 'the number', '1009')
-
-    def parse(self, text):
-        match = typed('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text, '3*x+7=22')
-        return '{}*x+{}={}'.format(*map(int, match.groups()))
-
-    def difficulty(self, problem):
-        return 'x up to 10' if self.solution(problem) <= 10 else 'x above 10'
-
-    def demonstration(self, problem, rng):
-        a, b, c = map(int, re.findall('[0-9]+', problem))
-        x = (c - b) // a # a drawn problem has one
-        lines = [f'{c}-{b}={c - b}', f'{c - b}/{a}={x}'] if rng.integers(2) else []
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{x}{END_ANSWER}'
-
-
-class Grid(Task):
-    """
-    Walk from S to G on a 5 x 5 grid, not through #. A problem is its rows, joined by '/'. The demonstrations walk at
-    random, never twice over one place (`U31` is a step up to row 3, column 1), start again on a new line when they are
-    stuck, and then may give up. The answer is the steps: UURDR.
-    """
-
-    tokens = TAGS + list('.#SG/UDLR\n01234')
-
-    def ways(self, grid, place):
-        """The steps that can be taken from a place in the text, {letter: where it leads}; a row is six characters."""
-        return {letter: place + step for letter, step in dict(U=-6, D=6, L=-1, R=1).items()
-                if 0 <= place + step < len(grid) and grid[place + step] not in '#/'}
-
-    def problem(self, rng):
-        while True:
-            cells = rng.choice(list('..#'), 25)
-            cells[rng.choice(25, 2, replace=False)] = 'S', 'G'
-            grid = '/'.join(map(''.join, cells.reshape(5, 5)))
-            reached = {grid.index('S')}
-            for _ in range(24):
-                reached |= {to for place in reached for to in self.ways(grid, place).values()}
-            if grid.index('G') in reached:
-                return grid
-
-    def prompt(self, problem):
-        return self.ask(problem, f'Walk from S to G, not through #, on the grid {problem}, whose rows are separated '
-                        'by /. U is up, D down, L left, R right.', 'the steps', 'UURDDL') # ends where it began
-
-    def parse(self, text):
-        one_of_each = '(?=[^S]*S[^S]*$)(?=[^G]*G[^G]*$)' # looks ahead, takes nothing
-        return typed(f'{one_of_each}([.#SG]{{5}}/){{4}}[.#SG]{{5}}', text, 'S.#../.##../...../.#.#./....G')[0]
-
-    def demonstration(self, problem, rng):
-        lines, goal = [], problem.index('G')
-        for _ in range(rng.integers(1, 4)):
-            walk = {problem.index('S'): ''} # each place, and the step that led to it
-            while (place := [*walk][-1]) != goal and (
-                    ways := [(to, step) for step, to in self.ways(problem, place).items() if to not in walk]):
-                walk.update([ways[rng.integers(len(ways))]])
-            lines.append(''.join(f'{step}{to // 6}{to % 6}' for to, step in walk.items() if step))
-            if goal in walk:
-                break
-        return '\n'.join(lines) + f"{END_THINK}{ANSWER}{''.join(walk.values())}{END_ANSWER}"
-
-    def grade(self, problem, response):
-        steps = re.fullmatch(f'{WHITE}([UDLR]+){WHITE}', extract_answer(response) or '')
-        place = problem.index('S')
-        for step in steps[1] if steps else '':
-            place = self.ways(problem, place).get(step, -9) # from there no way leads on
-        return Grade(float(place == problem.index('G')), place == problem.index('G'), steps is not None)
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# The tasks of the reasoning-gym package
-
-class ReasoningGym(Task):
-    """
-    A task of the reasoning-gym package by its name there, for pretrained models only: it has no demonstrations. A
-    problem is an entry of the package, {'question', 'answer', 'metadata'}.
-
-    Some of the package's scorers evaluate an answer as code, and some take for ever over a few characters (1e99999999
-    as a fraction). So a scorer is watched: Python announces to an audit hook that it compiles or runs code, opens a
-    file or starts a process, before it does, whoever asks for it, and the hook forbids all of that; a timer of one
-    second of computing ends the rest. A task whose scorer must be stopped at its own answer or at nonsense is refused.
-    """
-    tokens = None # of no vocabulary of ours
-    longest_prompt = 4096
-    nonsense = '...', 'nan' # the example in the prompt, and what slips through comparisons
-    scoring = stopped = False # for all objects, as there is one hook: a scorer is at work; it was stopped
-
-    def __init__(self, name, partial_credit=0.0):
-        from reasoning_gym.factory import DATASETS, create_dataset
-        if name not in DATASETS:
-            close = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0)[0]
-            raise ValueError(f"the reasoning-gym package has no task {name!r}; did you mean reasoning_gym:{close}?")
-        self.name, self.partial_credit = name, partial_credit
-        self.dataset = functools.partial(create_dataset, name, size=1)
-        self.scorer = self.dataset(seed=0)
-        watch_scorers()
-
-    def problem(self, rng):
-        """One that can be solved here, and whose scorer tells its own answer from nonsense."""
-        for _ in range(100):
-            seed = int(rng.integers(2 ** 31))
-            random.seed(seed) # some draw from this besides the seed that they are given
-            entry = self.dataset(seed=seed)[0]
-            ReasoningGym.stopped = False
-            verdicts = [self.grade(entry, f'{END_THINK}{ANSWER}{answer}{END_ANSWER}').correct
-                        for answer in (entry['answer'], *self.nonsense)]
-            if ReasoningGym.stopped:
-                raise ValueError(f"reasoning_gym:{self.name} is refused: its scorer runs text as code, or takes long")
-            short = len(entry['question'].encode()) <= self.longest_prompt - 600 # there are no more tokens than bytes
-            if short and verdicts == [True, False, False]:
-                return entry
-        raise ValueError(f"reasoning_gym:{self.name} is refused: its scorer does not tell its own answers from "
-                         "nonsense, or these or the questions are too long")
-
-    def prompt(self, problem):
-        return self.ask('', problem['question'], 'the answer', '...')
-
-    def parse(self, text):
-        raise ValueError("the problems of reasoning-gym cannot be typed: sample.py without --prompt draws some")
-
-    def canonical(self, problem):
-        return problem['question']
-
-    def grade(self, problem, response):
-        """Right is what the package's scorer gives 1, and 0 where it raises or is stopped. What is between is paid by
-        partial_credit only, for some scorers give a little to any text."""
-        answer = (extract_answer(response) or '').strip()
-        if not answer:
-            return WRONG
-        entry = copy.deepcopy(problem) # one scorer writes into it
-        signal.setitimer(signal.ITIMER_VIRTUAL, 1, 1)
-        try:
-            ReasoningGym.scoring = True
-            score = float(self.scorer.score_answer(answer, entry))
-        except Exception: # whatever a text may make a scorer raise
-            score = 0.0
-        finally:
-            ReasoningGym.scoring = False
-            signal.setitimer(signal.ITIMER_VIRTUAL, 0)
-        near = self.partial_credit * score if 0 < score < 1 else 0.0 # some can err to above 1
-        return Grade(1.0 if score == 1 else near, score == 1, True)
-
-
-@functools.cache # once in a process: Python never lets go of an audit hook
-def watch_scorers():
-    def stop(*event): # of the hook, or the signal of the timer
-        if ReasoningGym.scoring:
-            ReasoningGym.stopped = True
-            raise RuntimeError("this scorer is stopped")
-    sys.addaudithook(stop)
-    signal.signal(signal.SIGVTALRM, stop)
-
-
-TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain, equation=Equation, grid=Grid)
+TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain)
 
 
 def find_task(name):
-    """The class of a task. Raises ValueError when there is none of that name."""
-    if name.startswith('reasoning_gym:'):
-        return functools.partial(ReasoningGym, name.partition(':')[2])
-    if name not in TASKS:
-        raise ValueError(f"no such task; there are: {', '.join(TASKS)}, reasoning_gym:NAME")
-    return TASKS[name]
+    """Return the class of a task, by its name or from a Python file, which is run: only the command line may name one.
+    Raises ValueError when there is no such task or file."""
+    if name in TASKS:
+        return TASKS[name]
+    if not name.endswith('.py'):
+        raise ValueError(f"there is no task {name!r}, only {', '.join(TASKS)} and files such as examples/grid.py")
+    if not Path(name).is_file():
+        raise ValueError(f"there is no file {name}")
+    spec = importlib.util.spec_from_file_location(f'task_{Path(name).stem}', name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    found = [thing for thing in vars(module).values() if getattr(thing, '__module__', '') == spec.name
+             and isinstance(thing, type) and issubclass(thing, Task)]
+    if len(found) != 1:
+        raise ValueError(f"a task's file must define one subclass of Task, {name} defines {len(found)}")
+    return found[0]

@@ -1,0 +1,66 @@
+"""
+A task to start your own from: sort numbers. `python train.py --task=examples/sorting.py` trains it.
+
+Copy this file, change it, and name the copy by --task. All that is here is needed but defaults, question and difficulty.
+"""
+import re
+
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task, extract_answer, in_words, typed
+
+
+class Sorting(Task):
+    """Sort numbers. A problem is a tuple of them; it could be anything that the methods below understand."""
+    # What train.py uses where the command line says nothing else; what is not here has the same default in all tasks.
+    defaults = dict(warmup_steps=600, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
+
+    # Each argument is a setting of train.py, here --max_number=20, and `train.py --help` prints its comment. So each has
+    # a default and a line of its own.
+    def __init__(self,
+                 max_number=20, # numbers are drawn from 1 to this
+                 ):
+        if max_number < 1:
+            raise ValueError(f"{max_number=} must be at least 1") # train.py prints this in one line and ends
+        self.max_number = max_number
+        # The vocabulary holds every word of prompts and demonstrations. A number is one token when '10' is among them;
+        # with the digits 0 to 9 alone, numbers are spelt in digits.
+        self.tokens = TAGS + list('=:\n') + [str(n) for n in range(max_number + 1)]
+
+    def problem(self, rng):
+        """Draw a problem by a numpy Generator, and by nothing else, so that a run can be repeated."""
+        return tuple(map(int, rng.integers(1, self.max_number + 1, rng.integers(3, 7))))
+
+    def prompt(self, problem):
+        return ' '.join(map(str, problem)) + '=' + THINK
+
+    def question(self, problem):
+        """Ask the same in words. Only pretrained weights (--init_from) are asked so."""
+        return in_words(f"Sort the numbers {', '.join(map(str, problem))}, the smallest first.", 'the numbers', '1 2 2 9')
+
+    def parse(self, text):
+        """Read what a person types to sample.py. Raises ValueError on all that `grade` could not handle."""
+        return tuple(map(int, typed('[0-9]+( +[0-9]+)+', text, '7 3 12')[0].split()))
+
+    def canonical(self, problem):
+        """Return the same text for all problems that come to the same: about a tenth of these texts is held out."""
+        return ' '.join(map(str, sorted(problem)))
+
+    def difficulty(self, problem):
+        return f'{len(problem)} numbers' # accuracy is reported for each such group
+
+    def demonstration(self, problem, rng):
+        """Write what the warm-up imitates. Half of them answer at once, half take out the smallest number again and
+        again: '3:7 12' says that 3 is taken out and that 7 and 12 are left. Which of the two pays is for A*PO to say."""
+        lines, left = [], list(problem)
+        for smallest in sorted(problem) if rng.integers(2) else []:
+            left.remove(smallest)
+            lines.append(f"{smallest}:{' '.join(map(str, left))}")
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.canonical(problem)}{END_ANSWER}'
+
+    def grade(self, problem, response):
+        """Return the reward, whether the answer is right, and whether it has the format. Where an answer is one whole
+        number, `solution(problem)` can stand here instead: see examples/equation.py."""
+        answer = extract_answer(response)
+        if answer is None or not re.fullmatch('[0-9 ]+', answer):
+            return WRONG
+        correct = answer.split() == self.canonical(problem).split()
+        return Grade(float(correct), correct, True)
