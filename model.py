@@ -16,7 +16,6 @@ import os
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -197,9 +196,11 @@ class Transformer(nn.Module):
 
     def allocate(self, weights_on, device=None):
         """Give memory to the weights, which may stay on the CPU, and make again, on the device that computes, what is
-        derived, because to_empty unties and empties it."""
+        derived, because to_empty unties and empties it. The value head is 0 until it gets weights."""
         self.to_empty(device=weights_on)
         self.tie_and_rotate(device or weights_on)
+        for p in self.value_head.parameters():
+            nn.init.zeros_(p)
 
     def init_weights(self):
         for name, p in self.named_parameters():
@@ -337,26 +338,23 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
 
 def micro_batches(mask, micro_batch_tokens, at_least=1):
     """
-    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with their padding, where one
-    row is not longer than that. mask (B, T) -> list of at_least or more LongTensors of row indices.
+    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with their padding, where a
+    row alone is not longer than that. mask (B, T) -> list of at_least or more LongTensors of row indices.
     """
-    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).cpu().numpy()
-    order = lengths.argsort(kind='stable')
-    widths = -(-lengths[order] // 16) * 16 # as trim leaves them
-    cost, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
-    for end in range(1, len(order) + 1): # the best cut of the first `end` rows, from the best cuts of fewer
-        cells = np.arange(end, 0, -1) * widths[end - 1] # of a last piece that starts at 0, 1, ... end - 1
-        cells[:-1] = np.where(cells[:-1] > micro_batch_tokens, 2 ** 60, cells[:-1])
-        total = cost[:end] + cells + micro_batch_tokens // 16
-        starts[end], cost[end] = total.argmin(), total.min()
-    pieces, end = [], len(order)
-    while end:
-        pieces.append(order[starts[end]:end])
-        end = starts[end]
+    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
+    widths = ((lengths + 15) // 16 * 16).tolist() # as trim leaves them
+    pieces, width, padding = [], 0, 0
+    for row in lengths.argsort(descending=True, stable=True).tolist():
+        padding += width - widths[row]
+        # A piece ends when it is full, or when its padding would cost more than a piece of its own.
+        if not pieces or width * (len(pieces[-1]) + 1) > micro_batch_tokens or padding > micro_batch_tokens / 16:
+            pieces.append([])
+            width, padding = widths[row], 0
+        pieces[-1].append(row)
     while len(pieces) < at_least:
-        pieces.sort(key=len)
-        pieces += np.array_split(pieces.pop(), 2)
-    return [torch.from_numpy(piece).to(mask.device) for piece in pieces]
+        longest = pieces.pop(max(range(len(pieces)), key=lambda i: len(pieces[i])))
+        pieces += [longest[::2], longest[1::2]]
+    return [torch.tensor(piece, device=mask.device) for piece in pieces]
 
 
 def trim(tokens, mask):
@@ -473,24 +471,3 @@ def load_pretrained(model, folder):
             raise ValueError(f"config.json says tie_word_embeddings, but {head} is not {embedding}")
         for p, parts in pairs:
             yield p, torch.cat([where[name].get_tensor(name) for name in parts])
-
-
-def save_pretrained(model, folder, ends):
-    """Write the model, without its value head, as config.json and model.safetensors that transformers loads: a Llama
-    unless it has Qwen's options. Raises ValueError when no architecture has all of its options, FileExistsError when
-    the folder is there."""
-    from safetensors.torch import save_file
-    options = {name: True for name in ('qkv_bias', 'qk_norm') if getattr(model.config, name)}
-    if options not in ARCHITECTURES.values():
-        raise ValueError(f"no architecture has {' and '.join(options)}")
-    kind = next(kind for kind, added in ARCHITECTURES.items() if added == options)
-    os.makedirs(folder)
-    theirs = {name: getattr(model.config, ours) for ours, name in HF_CONFIG.items()}
-    theirs |= dict(model_type=kind, architectures=[kind.capitalize() + 'ForCausalLM'], hidden_act='silu',
-                   eos_token_id=ends[0] if len(ends) == 1 else ends,
-                   torch_dtype=str(model.embed.weight.dtype).removeprefix('torch.'))
-    with open(os.path.join(folder, 'config.json'), 'w') as file:
-        json.dump(theirs, file, indent=2)
-    weights = {name: view.detach().to('cpu', copy=True) for p, parts in counterparts(model)
-               for name, view in zip(parts, p.split(list(parts.values())))}
-    save_file(weights, os.path.join(folder, 'model.safetensors'), metadata=dict(format='pt'))

@@ -5,7 +5,6 @@ See what a trained model does.
     python sample.py --prompt="3 5 7 = 22" --num_samples=16
     python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
-    python sample.py --export=folder                  # the model in the Hugging Face layout, which transformers loads
 
 Takes the newest run under out/, one that came to its end before one that did not, else assets/countdown_trained.pt;
 --checkpoint=PATH names another, a file or the folder of a run.
@@ -31,8 +30,8 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import ModelConfig, Transformer, generate, save_pretrained
-from tasks import END_THINK, EOS, WRONG, PretrainedTokenizer, Tokenizer, extract_answer, find_task
+from model import ModelConfig, Transformer, generate
+from tasks import END_THINK, EOS, THINK, WRONG, PretrainedTokenizer, Tokenizer, extract_answer, find_task
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
@@ -62,34 +61,34 @@ class Batch(NamedTuple):
 GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length')
 
 
-def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, rollout_rows=1024,
-            watch=None, progress=''):
+def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, first=0,
+            rollout_rows=1024, watch=None, progress=''):
     """
     Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. This is the one place where
     rewards are decided: a response that did not end within max_new_tokens is truncated, its reward 0.
 
-    key: integers that the sampling noise follows from. watch: see model.generate. progress: what this work is called
-    in the lines that say how long it still takes, none where that is empty. Returns a Batch.
+    The noise of a response follows from the integers in key and from its index in the whole batch, where `first` is that
+    of the first one here: so it does not matter how ranks and pieces share the batch. watch: see model.generate.
+    progress: the name of this work in the lines that say how long it still takes, none where it is empty.
+    Returns a Batch.
     """
-    started, device = time.time(), model.embed.weight.device
+    started, device = time.monotonic(), model.embed.weight.device
     problems = [problem for problem in problems for _ in range(repeat)]
     prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in problems]
     pieces = []
-    for first in range(0, len(prompts), rollout_rows):
-        state = np.random.SeedSequence((*key, first)).generate_state(1, np.uint64)[0]
-        generator = torch.Generator(device).manual_seed(int(state >> np.uint64(1)))
-        uniform = torch.rand(len(prompts[first:first + rollout_rows]), max_new_tokens, generator=generator,
-                             device=device)
-        pieces.append(generate(model, prompts[first:first + rollout_rows], max_new_tokens, temperature, tokenizer.ends,
-                               uniform, watch))
-        done, spent = min(first + rollout_rows, len(prompts)), time.time() - started
+    for start in range(0, len(prompts), rollout_rows):
+        rows = range(start, min(start + rollout_rows, len(prompts)))
+        noise = [np.random.default_rng((*key, first + i)).random(max_new_tokens, np.float32) for i in rows]
+        pieces.append(generate(model, prompts[start:rows.stop], max_new_tokens, temperature, tokenizer.ends,
+                               torch.from_numpy(np.stack(noise)), watch))
+        done, spent = rows.stop, time.monotonic() - started
         if progress and spent > 10 and done < len(prompts): # many long responses take minutes
             left = spent / 60 * (len(prompts) / done - 1)
             print(f'{progress}: {done:,} of {len(prompts):,} responses, {left:.1f} min left', flush=True)
     tokens = pad_sequence([row for piece, _ in pieces for row in piece], True, tokenizer.ends[0]) # (B, T)
     mask = pad_sequence([row for _, piece in pieces for row in piece], True)
 
-    sampled, grades, texts = time.time(), [], []
+    sampled, grades, texts = time.monotonic(), [], []
     for problem, row, marked in zip(problems, tokens.cpu().numpy(), mask.cpu().numpy()):
         response = row[marked]
         truncated = response[-1] not in tokenizer.ends
@@ -98,7 +97,7 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
         grades.append((*grade, truncated, len(response)))
         texts.append(text)
     columns = torch.tensor(grades, dtype=torch.float32, device=device).T # GRADES
-    seconds = dict(rollout=sampled - started, grading=time.time() - sampled)
+    seconds = dict(rollout=sampled - started, grading=time.monotonic() - sampled)
     return Batch(tokens, mask, *columns, problems, texts, seconds)
 
 
@@ -153,28 +152,23 @@ def main():
         with one_line('--plot'):
             plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
-    path = args.checkpoint or newest_model(os.path.join('out', '*')) or f'{HERE}/assets/countdown_trained.pt'
-    path = os.path.expanduser(path)
-    path = newest_model(glob.escape(path)) or path # where it is the folder of a run
+    path = find_checkpoint(args.checkpoint)
     checkpoint = load_checkpoint(path)
-    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
-    if args.export:
-        return export(model, tokenizer, os.path.expanduser(args.export))
     settings = checkpoint['settings']
+    models = model, task, _ = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
     temperature = settings['eval_temperature'] if args.temperature is None else args.temperature
-    options = dict(key=(args.seed, EVAL, checkpoint['step'], 0), repeat=args.num_samples, temperature=temperature,
-                   max_new_tokens=args.max_new_tokens or settings['max_new_tokens'], progress='sampling')
-    print(f"{path}: {checkpoint['task']}, {model.num_params():,} parameters, step {checkpoint['step']}, "
-          f"temperature {temperature}")
+    options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples,
+                   temperature=temperature, progress='sampling',
+                   max_new_tokens=args.max_new_tokens or settings['max_new_tokens'])
+    print(f"{path}: {checkpoint['task']}, {model.num_params():,} parameters, "
+          f"step {checkpoint['step']}, temperature {temperature}")
     if args.eval:
         return grade_held_out(models, options, path, args.num_problems or 2000)
-    with one_line('this problem', ValueError):
-        problems = held_out_problems(task, args.num_problems or 5) if args.prompt is None else [task.parse(args.prompt)]
-        show(models, options, problems)
-    while args.prompt is None and sys.stdin.isatty():
-        text = input('\na problem of yours (empty line to leave): ').strip()
-        if not text:
-            break
+    if args.prompt is not None:
+        with one_line('this problem', ValueError):
+            return show(models, options, [task.parse(args.prompt)])
+    show(models, options, held_out_problems(task, args.num_problems or 5))
+    while sys.stdin.isatty() and (text := input('\na problem of yours (empty line to leave): ')):
         try:
             show(models, options, [task.parse(text)])
         except ValueError as error:
@@ -182,24 +176,21 @@ def main():
 
 
 def parse_arguments():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    parser.error = fail
-    parser.add_argument('--checkpoint', help='a checkpoint, or the folder of a run (default: see above)')
-    parser.add_argument('--task', default='', help="the file of the model's task, where it is not one of tasks.py")
-    parser.add_argument('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
-    parser.add_argument('--eval', action='store_true',
-                        help='grade held-out problems and write sample_eval.json beside the checkpoint')
-    parser.add_argument('--num_problems', type=int, default=0,
-                        help='held-out problems to draw (default: 5, or 2000 with --eval)')
-    parser.add_argument('--num_samples', type=int, default=1, help='responses to each problem')
-    parser.add_argument('--temperature', type=float, help='0 is greedy (default: the eval_temperature of the run)')
-    parser.add_argument('--max_new_tokens', type=int, help='longest response (default: that of the run)')
-    parser.add_argument('--seed', type=int, default=1337, help='of the sampling noise')
-    parser.add_argument('--device', default='auto', help='auto | cpu | cuda | mps')
-    parser.add_argument('--export', metavar='FOLDER', help='write the model in the Hugging Face layout and exit')
-    parser.add_argument('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
-    parser.add_argument('--output', default='curves.png', help='the picture that --plot writes')
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+    parser.error, add = fail, parser.add_argument
+    add('--checkpoint', default='', help='a checkpoint, or the folder of a run (default: see above)')
+    add('--task', default='', help="the file of the model's task, where it is not one of tasks.py")
+    add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
+    add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
+    add('--num_problems', type=int, default=0, help='held-out problems (default: 5, --eval 2000)')
+    add('--num_samples', type=int, default=1, help='responses to each problem')
+    add('--temperature', type=float, help='0 is greedy (default: eval_temperature of the run)')
+    add('--max_new_tokens', type=int, help='longest response (default: that of the run)')
+    add('--seed', type=int, default=1337, help='of the sampling noise')
+    add('--device', default='auto', help='auto | cpu | cuda | mps')
+    add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
+    add('--output', default='curves.png', help='the picture that --plot writes')
     args = parser.parse_args()
     if args.eval and args.prompt is not None:
         fail("--eval grades held-out problems, --prompt asks one: choose")
@@ -211,135 +202,80 @@ def parse_arguments():
 
 
 def show(models, options, problems):
-    """Print responses with the verifier's verdict; with several problems or samples a summary line."""
+    """Print the best response to each problem, with the verifier's verdict and a summary."""
     _, task, tokenizer = models
-    num_samples = options['repeat']
-    live = len(problems) == num_samples == 1 # a single response is printed while it is being sampled
-    stream = Stream(tokenizer, len(tokenizer.encode(tokenizer.prompt(task, problems[0]))))
-    if live:
-        show_problem(task, tokenizer, problems[0])
-    batch = respond(*models, problems, watch=stream if live else None, **options)
-    verdicts = batch.correct.view(-1, num_samples).sum(1).int().tolist()
+    n = options['repeat']
+    batch = respond(*models, problems, **options)
+    verdicts = batch.correct.view(-1, n).sum(1).int().tolist()
     for i, problem in enumerate(problems):
-        rows = range(i * num_samples, (i + 1) * num_samples)
-        best = max(rows, key=lambda row: batch.reward[row].item())
-        if not live:
-            show_problem(task, tokenizer, problem)
-        print(batch.texts[best].partition(END_THINK)[0][stream.printed:].replace('\n', INDENT), end='')
-        text = extract_answer(batch.texts[best])
-        print(f'\nanswer    {"none" if text is None else text}\nverdict   {verdict(task, batch, best)}', end='')
-        print(f'; {verdicts[i]} of {num_samples} samples correct, the best is shown' if num_samples > 1 else '')
-    if len(problems) > 1 or num_samples > 1:
-        print('\n' + summary_line(verdicts, num_samples))
-
-
-def show_problem(task, tokenizer, problem):
-    print('\nproblem   ' + tokenizer.prompt(task, problem).removesuffix('<think>').replace('\n', INDENT))
-    if remark := task.remark(problem):
-        print(f'          ({remark})')
-    print('thinking  ', end='')
-
-
-def verdict(task, batch, row):
-    """Say in words how a response was graded."""
-    if batch.correct[row]:
-        return 'correct'
-    if batch.truncated[row]:
-        return f'cut off after {batch.length[row]:.0f} tokens'
-    if not batch.formatted[row]:
-        return 'not in the format'
-    explanation = task.explain(batch.problems[row], extract_answer(batch.texts[row]))
-    return f'wrong: {explanation}' if explanation else 'wrong'
-
-
-class Stream:
-    """Prints the thinking of the first response token by token; generate calls it with all the tokens so far."""
-
-    def __init__(self, tokenizer, prompt_length):
-        self.tokenizer, self.prompt_length, self.printed = tokenizer, prompt_length, 0
-
-    def __call__(self, tokens):
-        text = self.tokenizer.decode(tokens[0, self.prompt_length:].tolist())
-        # What may yet become the tag that ends it, or a whole letter, is held back.
-        thinking = text.partition(END_THINK)[0] if END_THINK in text else text[:-len(END_THINK)]
-        print(thinking[self.printed:].replace('\n', INDENT), end='', flush=True)
-        self.printed = max(self.printed, len(thinking))
+        best = i * n + batch.reward[i * n:(i + 1) * n].argmax().item()
+        thinking, answer = batch.texts[best].partition(END_THINK)[0], extract_answer(batch.texts[best])
+        verdict = ('correct' if batch.correct[best] else
+                   f'cut off after {batch.length[best]:.0f} tokens' if batch.truncated[best] else
+                   'wrong' if batch.formatted[best] else 'not in the format')
+        print('\nproblem  ', tokenizer.prompt(task, problem).removesuffix(THINK).replace('\n', INDENT))
+        print('thinking ', thinking.replace('\n', INDENT))
+        print('answer   ', answer)
+        print('verdict  ', verdict + f'; {verdicts[i]} of {n} samples correct' * (n > 1))
+    if len(problems) > 1 or n > 1:
+        print('\n' + summary_line(verdicts, n))
 
 
 def summary_line(verdicts, n):
     """Return accuracy, and pass@k for the powers of two up to n, as a line."""
-    line = f'{len(verdicts)} problem(s) x {n} response(s): accuracy {sum(verdicts) / len(verdicts) / n:.3f}'
-    return line + ''.join(f', pass@{2 ** i} {pass_at_k(verdicts, n, 2 ** i):.3f}' for i in range(1, n.bit_length()))
+    shares = [f', pass@{2 ** i} {pass_at_k(verdicts, n, 2 ** i):.3f}' for i in range(1, n.bit_length())]
+    accuracy = pass_at_k(verdicts, n, 1)
+    return f'{len(verdicts)} problem(s) x {n} response(s): accuracy {accuracy:.3f}' + ''.join(shares)
 
 
 def grade_held_out(models, options, path, count):
     """Grade held-out problems; the numbers also go to sample_eval.json beside the checkpoint."""
-    task, n = models[1], options['repeat']
-    rows = evaluate(*models, held_out_problems(task, count), **options)
+    n = options['repeat']
+    rows = evaluate(*models, held_out_problems(models[1], count), **options)
     result = summarize(rows)
-    verdicts = [int(sum(row['correct'] for row in rows[i:i + n])) for i in range(0, len(rows), n)]
+    correct = [row['correct'] for row in rows]
+    verdicts = [int(sum(correct[i:i + n])) for i in range(0, len(rows), n)]
     print(summary_line(verdicts, n))
-    print(', '.join(f'{group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items()))
+    print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
     target = os.path.join(os.path.dirname(path), 'sample_eval.json')
     with open(target, 'w') as file:
-        json.dump(dict(checkpoint=path, temperature=options['temperature'], num_problems=len(verdicts), num_samples=n,
-                       **result), file, indent=2)
+        json.dump(dict(checkpoint=path, temperature=options['temperature'], num_samples=n,
+                       num_problems=len(verdicts), **result), file, indent=2)
     print(f'wrote {target}')
 
 
-def export(model, tokenizer, folder):
-    """Write config.json and model.safetensors, and the files of a pretrained model's tokenizer; our own vocabularies
-    have no place in that layout."""
-    files = tokenizer.state if isinstance(tokenizer.state, dict) else {}
-    if os.path.exists(folder):
-        fail(f"{folder} is there already: choose a new folder for the export")
-    with one_line(folder):
-        save_pretrained(model, folder, tokenizer.ends)
-        for name in files.keys() - {'config.json'}: # which it wrote for itself
-            with open(os.path.join(folder, name), 'w', encoding='utf-8') as file:
-                file.write(files[name])
-    print(f"wrote {', '.join(sorted(os.listdir(folder)))} to {folder}")
-
-
 def plot_runs(folders, path):
-    """Reward and held-out accuracy against wall time and against steps, response length, KL, runs over each other; of
-    the first one accuracy by difficulty, and where the time goes."""
+    """Draw held-out accuracy with the training reward, response length and KL of several runs over
+    each other, and the accuracy by difficulty of the first one."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(14, 7), layout='constrained')
-    by_time, by_step, length, by_difficulty, kl, seconds = figure.subplots(2, 3).flat
-    names = [os.path.basename(os.path.normpath(folder)) for folder in folders]
-    for folder, name, color in zip(folders, names, COLORS * len(folders)):
-        lines = open(os.path.join(folder, 'metrics.jsonl')).readlines()
-        rows = [json.loads(line) for line in lines if line.endswith('\n')] # a crash may have cut the last one
-        steps = [row for row in rows if 'reward' in row and row['phase'] != 'evaluation']
+    figure = Figure(figsize=(12, 7), layout='constrained')
+    accuracy, by_difficulty, length, kl = figure.subplots(2, 2).flat
+    for i, folder in enumerate(folders):
+        name, color = os.path.basename(os.path.normpath(folder)), COLORS[i % len(COLORS)]
+        with open(os.path.join(folder, 'metrics.jsonl')) as file: # a crash may have cut the last line
+            rows = [json.loads(line) for line in file if line.endswith('\n')]
+        steps = [row for row in rows if 'kl' in row]
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
-        warm_up = [row for row in rows if row['phase'] == 'warm-up']
-        first = warm_up[-1] if warm_up else dict(step=0, seconds=0) # what stage 2 counts from
-        minutes, number = lambda row: row['seconds'] / 60, lambda row: row['step'] - first['step']
-        for axis, x, since in ((by_time, minutes, 0), (by_step, number, first['step'])):
-            axis.plot([*map(x, steps)], [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
-            later = [row for row in evaluations if row['step'] >= since]
-            axis.plot([*map(x, later)], [row['accuracy'] for row in later], 'o-', color=color, label=name)
-        for axis, metric in ((length, 'length'), (kl, 'kl')) if steps else ():
-            axis.plot([*map(number, steps)], [row[metric] for row in steps], color=color, label=name)
-        if folder == folders[0]:
-            for axis in (by_time, by_difficulty):
-                axis.axvspan(0, minutes(first), color=color, alpha=0.08, lw=0)
+        def curve(axis, rows, values, *style, **options):
+            axis.plot([row['seconds'] / 60 for row in rows], values, *style, **options)
+        curve(accuracy, steps, [row['reward'] for row in steps], color=color, alpha=0.35, lw=1)
+        curve(accuracy, evaluations, [row['accuracy'] for row in evaluations], 'o-', color=color, label=name)
+        curve(length, steps, [row['length'] for row in steps], color=color)
+        curve(kl, steps, [row['kl'] for row in steps], color=color)
+        if i == 0:
             for group, shade in zip(evaluations[-1]['by_difficulty'] if evaluations else [], COLORS):
-                accuracy = [row['by_difficulty'].get(group) for row in evaluations]
-                by_difficulty.plot([*map(minutes, evaluations)], accuracy, 'o-', color=shade, label=group)
-            parts = [[row['seconds_' + part] for row in steps] for part in PARTS]
-            seconds.stackplot([*map(number, steps)], parts, labels=PARTS, colors=COLORS, alpha=0.7)
-    for axis, title in zip(figure.axes, (
-            'held-out accuracy (dots), training reward (thin)', 'the same by steps', 'response length, tokens',
-            f'held-out accuracy by difficulty ({names[0]})', 'KL to the reference', f'seconds per step ({names[0]})')):
-        axis.set(title=title, xlabel=f'minutes (shaded: warm-up of {names[0]})' if axis in (by_time, by_difficulty)
-                 else 'steps of stage 2')
+                shares = [row['by_difficulty'].get(group) for row in evaluations]
+                curve(by_difficulty, evaluations, shares, 'o-', color=shade, label=group)
+            by_difficulty.set_title(f'held-out accuracy by difficulty ({name})')
+    accuracy.set(title='held-out accuracy (dots), training reward (thin)', ylim=(0, 1.02))
+    by_difficulty.set(ylim=(0, 1.02))
+    length.set(title='response length, tokens')
+    kl.set(title='KL to the reference')
+    for axis in figure.axes:
+        axis.set(xlabel='minutes')
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[0] and (axis in (by_difficulty, seconds) or len(folders) > 1):
+        if axis.get_legend_handles_labels()[0]:
             axis.legend(framealpha=0.6, edgecolor='none')
-    for axis in (by_time, by_step, by_difficulty):
-        axis.set_ylim(0, 1.02) # or dots at 1 are cut in half
     figure.savefig(path, dpi=100)
 
 
@@ -393,6 +329,12 @@ def load_checkpoint(path):
         return checkpoint
 
 
+def find_checkpoint(path):
+    """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest run's."""
+    path = os.path.expanduser(path or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt')
+    return newest_model(glob.escape(path)) or path
+
+
 def newest_model(folder):
     """Return the final model of the newest run in a folder (or pattern of folders), else the newest checkpoint, or
     None."""
@@ -419,8 +361,8 @@ def pick_dtype(device):
 
 @contextlib.contextmanager
 def one_line(name, *kinds):
-    """Turn what goes wrong in here into one line. Other people's files and packages raise anything, so all exceptions
-    count where no kinds are given."""
+    """Turn what goes wrong in here into one line. Other people's files and packages raise anything,
+    so all exceptions count where no kinds are given."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -430,9 +372,25 @@ def one_line(name, *kinds):
         fail(f"cannot use {name}: {message} ({type(error).__name__})")
 
 
-def out_of_memory(error):
-    """Say whether memory ran out; CUDA, MPS and the CPU each say it in their own words."""
-    return re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error))
+def run_script(main, lower):
+    """Call a script's main. What a user or the machine caused ends in one line and exit status 1; `lower` names the
+    settings to lower where memory runs out."""
+    sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
+    try:
+        main()
+    except (EOFError, KeyboardInterrupt): # how people leave a prompt
+        print()
+    except BrokenPipeError: # whoever read this, like head, has read enough
+        os._exit(0)
+    except OSError as error: # a folder that cannot be written, a full disk
+        fail(f'{error.filename or "the output"}: {error.strerror}')
+    except RuntimeError as error:
+        message = str(error).splitlines()[0][:120]
+        if re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):
+            fail(f'out of memory: lower {lower} ({message})')
+        if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
+            fail(f'another rank died; continue with --init_from=resume ({message})')
+        raise
 
 
 def fail(message):
@@ -441,17 +399,4 @@ def fail(message):
 
 
 if __name__ == '__main__':
-    for output in (sys.stdout, sys.stderr):
-        output.reconfigure(errors='replace') # what a terminal cannot show
-    try:
-        main()
-    except (EOFError, KeyboardInterrupt): # how people leave a prompt
-        print()
-    except BrokenPipeError: # whoever read this, like head, has read enough
-        os._exit(0)
-    except OSError as error:
-        fail(f'{error.filename}: {error.strerror}')
-    except RuntimeError as error:
-        if not out_of_memory(error):
-            raise
-        fail('out of memory: lower --num_samples, --num_problems or --max_new_tokens')
+    run_script(main, '--num_samples, --num_problems or --max_new_tokens')

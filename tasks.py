@@ -10,11 +10,11 @@ and a parser of its own, exact rational arithmetic, and refuses answers of more 
 """
 import functools
 import hashlib
-import importlib.util
 import itertools
 import json
 import math
 import re
+import runpy
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -76,7 +76,7 @@ class PretrainedTokenizer:
     """
     A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer. Its state is the
     model's own files as text, {name: text}. Padding is end-of-sequence here, whatever they say: masks tell them apart.
-    Raises ValueError when they name no end-of-sequence, or one that the tokenizer does not have.
+    Raises ValueError when they name no end-of-sequence that the tokenizer has.
     """
 
     def __init__(self, files):
@@ -95,16 +95,14 @@ class PretrainedTokenizer:
         ends = []
         for name in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
             content = json.loads(self.state.get(name, '{}'))
-            if token := content.get('eos_token'):
-                token = token['content'] if isinstance(token, dict) else token
-                if self.library.token_to_id(token) is None:
-                    raise ValueError(f"{name} ends a sequence with {token!r}, which tokenizer.json does not have")
-                ends.append(self.library.token_to_id(token))
-            listed = content.get('eos_token_id')
-            ends += listed if isinstance(listed, list) else [] if listed is None else [listed]
+            if token := content.get('eos_token'): # a text, or that with its options
+                ends.append(self.library.token_to_id(token['content'] if isinstance(token, dict) else token))
+            listed = content.get('eos_token_id', [])
+            ends += listed if isinstance(listed, list) else [listed]
+        ends = [end for end in dict.fromkeys(ends) if end is not None]
         if not ends:
             raise ValueError("no end-of-sequence in tokenizer_config.json, generation_config.json or config.json")
-        return list(dict.fromkeys(ends))
+        return ends
 
     def encode(self, text):
         """str -> list of ids, without the special tokens that some tokenizers put around every text."""
@@ -166,14 +164,6 @@ class Task:
     def difficulty(self, problem):
         """Return the group of problems that accuracy is reported by."""
         return 'all'
-
-    def remark(self, problem):
-        """Return what sample.py says beside a problem: why it cannot be solved, or that it is outside the training."""
-        return ''
-
-    def explain(self, problem, answer):
-        """Return what sample.py says of an answer that parses and is wrong."""
-        return ''
 
     def is_test(self, problem):
         """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never trained on."""
@@ -311,21 +301,6 @@ class Countdown(Task):
 
     def difficulty(self, problem):
         return f'{len(problem.numbers)} numbers'
-
-    def remark(self, problem):
-        numbers, target = problem
-        if target not in reachable(tuple(sorted(numbers))):
-            return 'cannot be solved by whole-number steps'
-        usual = (self.min_numbers <= len(numbers) <= self.max_numbers and 1 <= target <= self.max_target
-                 and 1 <= min(numbers) and max(numbers) <= self.max_number)
-        return '' if usual else (f'outside its training: {self.min_numbers} to {self.max_numbers} numbers up to '
-                                 f'{self.max_number}, targets up to {self.max_target}')
-
-    def explain(self, problem, answer):
-        value, used = evaluate(answer)
-        if sorted(used) != sorted(problem.numbers):
-            return 'it does not use each number once'
-        return 'it divides by zero' if value is None else f'it makes {value}'
 
     def demonstration(self, problem, rng):
         """
@@ -482,15 +457,8 @@ class Multiplication(Task):
     def difficulty(self, problem):
         return '{}x{} digits'.format(*sorted(len(str(n)) for n in problem))
 
-    def remark(self, problem):
-        usual = 1 <= min(problem) and max(problem) <= self.max_factor
-        return '' if usual else f'outside its training: factors up to {self.max_factor}'
-
     def solution(self, problem):
         return problem.a * problem.b
-
-    def explain(self, problem, answer):
-        return f'the product is {self.solution(problem)}'
 
     def demonstration(self, problem, rng):
         """
@@ -574,11 +542,9 @@ def find_task(name):
         raise ValueError(f"there is no task {name!r}, only {', '.join(TASKS)} and files such as examples/grid.py")
     if not Path(name).is_file():
         raise ValueError(f"there is no file {name}")
-    spec = importlib.util.spec_from_file_location(f'task_{Path(name).stem}', name)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found = [thing for thing in vars(module).values() if getattr(thing, '__module__', '') == spec.name
-             and isinstance(thing, type) and issubclass(thing, Task)]
+    module = runpy.run_path(name, run_name='task_file')
+    found = [thing for thing in module.values() if getattr(thing, '__module__', '') == 'task_file' and
+             isinstance(thing, type) and issubclass(thing, Task)]
     if len(found) != 1:
         raise ValueError(f"a task's file must define one subclass of Task, {name} defines {len(found)}")
     return found[0]

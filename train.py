@@ -10,12 +10,10 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
 
 Every setting below can be given as --name=value or --name value; --help lists them, those of the tasks too.
 """
-import argparse
 import contextlib
 import ctypes
 import dataclasses
 import difflib
-import functools
 import glob
 import inspect
 import json
@@ -26,24 +24,27 @@ import re
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from apo import apo_loss, group_advantages, grpo_loss, optimal_value, residual, sequence_logprobs, value_loss
-from model import (SIZES, ModelConfig, Transformer, embed_numbers, load_pretrained, micro_batches, read_config,
-                   token_logprobs, trim)
-from sample import (EVAL, FORMAT, PARTS, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
-                    make_task, make_tokenizer, newest_model, one_line, out_of_memory, pick_device, pick_dtype,
-                    plot_runs, respond, summarize)
+from apo import (
+    apo_loss, group_advantages, grpo_loss, optimal_value, residual, sequence_logprobs, value_loss)
+from model import (
+    SIZES, ModelConfig, Transformer, embed_numbers, load_pretrained, micro_batches, read_config,
+    token_logprobs, trim)
+from sample import (
+    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
+    make_task, make_tokenizer, newest_model, one_line, pick_device, pick_dtype, plot_runs, respond,
+    run_script, summarize)
 from tasks import TASKS, Tokenizer, find_task, tokenizer_files
 
 # ---- settings: what the default run uses, countdown on a CPU; a task's `defaults`, GPU and PRETRAINED change some ---
@@ -79,7 +80,6 @@ max_new_tokens = 800 # longest response; one that does not end by then has rewar
 num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
 fresh_prompts = True # new prompts at every step with V* from the value head; False: those of stage 1 with their own V*
-filter_failed = False # with fresh_prompts=False: leave out the prompts that the reference never solved
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-2 # AdamW, for the value head
 # evaluation and records
@@ -97,22 +97,29 @@ cpu_offload = False # keep master weights, optimizer state and, between uses, th
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
-CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('auto', 'float32', 'bfloat16', 'float16'),
+CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'),
                tracker=('none', 'wandb', 'tensorboard'))
-# What fits a GPU, and what fits pretrained weights: small steps, pieces that leave room for 150,000 logits a token.
-GPU = dict(**SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
-           num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072, rollout_rows=4096)
-PRETRAINED = dict(max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, max_new_tokens=1024,
-                  num_train_samples=512, eval_interval=25, micro_batch_tokens=4096, rollout_rows=256)
+# The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient overflows.
+LEAST = dict(seed=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, ref_update_interval=0,
+             eval_temperature=0, keep_checkpoints=0, beta1=0.03)
+# What fits a GPU; and what fits pretrained weights: small steps, and pieces that leave room for the
+# 150,000 logits of a token.
+GPU = dict(
+    **SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
+    num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072, rollout_rows=4096)
+PRETRAINED = dict(
+    max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, eval_interval=25,
+    num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('step', 'evaluated', 'warmup_accuracy', 'bad_steps', 'tracker_id') # of a Run, plain numbers in a checkpoint
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True) # state dicts of sharded models, gathered on rank 0
+PLAIN = ('seconds', 'evaluated', 'warmup_accuracy', 'tracker_id', 'stage1_values', 'step') # what a checkpoint has of a Run
+PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True) # gathers what is sharded
 rank, world_size = 0, 1 # read_cluster sets them
-stop = threading.Event() # a signal asked this process to stop
+stop_signal = 0 # the number of the signal that asked this process to stop
 
 
 class Stopped(Exception):
-    """The signal to stop arrived while responses were being sampled."""
+    """A signal asked to stop while responses were being sampled."""
 
 
 @dataclasses.dataclass
@@ -122,41 +129,43 @@ class Run:
     task: object
     tokenizer: object
     model: Transformer # the policy pi, and the value head; sharded when there are several ranks
-    rollout_model: Transformer # a whole copy of the policy that responds; the policy itself on one rank in float32
-    scaler: torch.amp.GradScaler # in float16 it multiplies the loss, or small gradients would vanish
+    rollout_model: Transformer # a whole copy that responds; the policy itself on one rank in float32
+    scaler: torch.amp.GradScaler # in float16 it scales the loss, or small gradients would vanish
+    optimizers: list # AdamW, and in the warm-up Muon
     reference: Transformer = None # pi_ref, whole and frozen
     base: Transformer = None # the warmed-up model, for the KL that a refreshed reference would hide
-    optimizers: list = None # AdamW, and Muon where it is on
     stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
     evaluated: int = 0 # the step of the last evaluation
     warmup_accuracy: float = None
-    bad_steps: int = 0 # steps in a row whose gradient was not finite
-    track: object = None # a function that sends numbers to wandb or TensorBoard
     tracker_id: str = None # of the run at wandb
-    started: float = dataclasses.field(default_factory=time.monotonic) # this run, less the time between its sessions
-    recent: list = dataclasses.field(default_factory=list) # when the last steps ended, for the time left
-    rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for the hints
+    track: object = None # a function that sends numbers to wandb or TensorBoard
+    started: float = dataclasses.field(default_factory=time.monotonic) # less earlier sessions
+    pace: float = 0.0 # seconds per step, a moving average
+    rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for hints
     hints: list = dataclasses.field(default_factory=list) # that were given
 
     @property
     def seconds(self):
         return time.monotonic() - self.started
 
+    @seconds.setter
+    def seconds(self, value):
+        self.started = time.monotonic() - value
+
 
 def main():
     run = build(*configure(sys.argv[1:]))
-    lock = claim(out_dir) # no other process writes into it while this one lives
+    lock = claim(out_dir) # no other process writes there while this one lives
     open_tracker(run)
-    print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens in the vocabulary")
     catch_signals()
+    print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens")
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
         if run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
-            log_evaluation(run, f'at step {run.step} of the warm-up', share=8)
-        metrics = warm_up_step(run)
-        report(run, 'warm-up', metrics, every=20)
+            log_evaluation(run, f'at step {run.step} of the warm-up', one_in=8)
+        report(run, 'warm-up', warm_up_step(run), every=20)
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
@@ -167,45 +176,40 @@ def main():
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
-            log_evaluation(run, f'at step {stage2_step}', share=8)
+            log_evaluation(run, f'at step {stage2_step}', one_in=8)
             save_checkpoint(run)
-        # Stage 1: the frozen reference answers each prompt several times; V* follows from the rewards.
+        # Stage 1: the frozen reference answers each prompt several times, which gives V*.
         if algorithm == 'apo' and run.stage1_values is None:
             estimate_values(run)
             save_checkpoint(run)
-        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, one fresh response per prompt.
-        metrics = policy_step(run)
-        report(run, algorithm, metrics)
+        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, one fresh
+        # response per prompt.
+        report(run, algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
             run.stage1_values = run.stage1_values if fresh_prompts else None
         checkpoint_if_due(run)
     finish(run)
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-        if world_size > 1 and (rank or tracker == 'none'): # in Python's own end gloo's threads now and then abort
-            os._exit(0)
+    leave_ranks()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The three kinds of step
 
 def warm_up_step(run):
-    """Take one optimizer step of imitation on fresh demonstrations. Returns its metrics, with the mean loss per
-    token."""
+    """Take one step of imitation on fresh demonstrations. Returns its metrics."""
     started = time.monotonic()
     tokens, mask = demonstrations(run) # (B, T)
     total_tokens = all_reduce(mask.sum())
     total_loss = 0.0
     for rows, tokens, mask in pieces_of(tokens, mask):
         logprobs, _ = token_logprobs(run.model, tokens, mask, temperature, dtype)
-        loss = -logprobs.sum() / total_tokens
+        loss = -logprobs.sum() / total_tokens # the mean over all tokens of all ranks
         run.scaler.scale(loss * world_size).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
-    left = 1 - run.step / warmup_steps
-    scale_learning_rates(run, min(1, (run.step + 1) / 20, 0.05 + 0.95 * left / 0.4), policy=warmup_learning_rate,
-                         matrices=warmup_muon_learning_rate)
+    decay = 0.05 + 0.95 * (1 - run.step / warmup_steps) / 0.4
+    set_learning_rates(run, min(1, (run.step + 1) / 20, decay), dict(
+        policy=warmup_learning_rate, matrices=warmup_muon_learning_rate))
     optimizer_step(run)
     run.step += 1
     return dict(loss=all_reduce(total_loss).item(), tokens=int(total_tokens),
@@ -213,51 +217,58 @@ def warm_up_step(run):
 
 
 def demonstrations(run):
-    """Return this rank's demonstrations of the current step, tokens and the mask of their responses, both (B, T)."""
-    sequences = []
+    """Return this rank's demonstrations of the current step: tokens, and the mask of the responses,
+    both (B, T)."""
+    prompts, responses = [], []
     for problem, rng in run.task.training_problems((seed, WARMUP, run.step), share(warmup_batch_size)):
-        prompt = run.tokenizer.encode(run.tokenizer.prompt(run.task, problem))
-        for _ in range(100): # a demonstration that the policy could not give within its limit is drawn again
-            response = run.tokenizer.encode(run.task.demonstration(problem, rng)) + run.tokenizer.ends[:1]
+        prompts.append(run.tokenizer.encode(run.tokenizer.prompt(run.task, problem)))
+        for _ in range(100): # one that the policy could not give within its limit is drawn again
+            text = run.task.demonstration(problem, rng)
+            response = run.tokenizer.encode(text) + run.tokenizer.ends[:1]
             if len(response) <= max_new_tokens:
                 break
         else:
             fail(f"--max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
-        sequences.append((prompt, response))
-    tokens = pad_sequence([torch.tensor(p + r) for p, r in sequences], True, run.tokenizer.ends[0])
-    mask = pad_sequence([torch.arange(len(p + r)) >= len(p) for p, r in sequences], True)
-    return tokens.to(device), mask.to(device)
+        responses.append(response)
+    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
+    masks = [torch.arange(len(row)) >= len(p) for p, row in zip(prompts, rows)]
+    tokens = pad_sequence(rows, batch_first=True, padding_value=run.tokenizer.ends[0])
+    return tokens.to(device), pad_sequence(masks, batch_first=True).to(device)
 
 
 def estimate_values(run):
-    """Take stage 1: estimate V* of num_train_samples prompts from num_responses_per_prompt responses of the reference
-    each. It is kept in run.stage1_values, and the value head learns to predict it."""
-    print0(f"stage 1: the reference answers {num_train_samples} prompts, {num_responses_per_prompt} times each ...")
-    problems = [p for p, _ in run.task.training_problems((seed, STAGE1, 0), share(num_train_samples))]
-    batch = rollout(run, respond, problems, STAGE1, temperature, num_responses_per_prompt)
-    local_rewards = batch.reward.view(len(problems), -1) # (prompts of this rank, N)
-    rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device) # (num_train_samples, N)
-    values = optimal_value(rewards, beta1)
+    """Take stage 1: the reference answers num_train_samples prompts num_responses_per_prompt times
+    each. V* of these prompts is kept in run.stage1_values, and the value head learns it."""
+    N = num_responses_per_prompt
+    print0(f"stage 1: the reference answers {num_train_samples} prompts, {N} times each ...")
+    mine = share(num_train_samples)
+    problems = [problem for problem, _ in run.task.training_problems((seed, STAGE1, 0), mine)]
+    batch = rollout(run, respond, problems, STAGE1, mine.start * N, temperature, repeat=N)
+    local_rewards = batch.reward.view(-1, N) # (prompts of this rank, N)
+    rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device)
+    values = optimal_value(rewards, beta1) # (num_train_samples,)
     unsolved = (rewards == 0).all(1).float().mean().item()
     print0(f"stage 1: mean reward {rewards.mean():.3f}, mean V* {values.mean():.3f}, "
            f"{unsolved:.1%} of the prompts never solved")
     if unsolved == 1:
-        fail(f"every reward of stage 1 is zero ({batch.truncated.mean():.0%} of the responses were cut off at "
-             f"--max_new_tokens={max_new_tokens}), so there is nothing to learn from: give the warm-up more "
-             f"--warmup_steps, or make the task easier{parameters_of(run)}")
-    # The head reads one vector of each prompt, at its end. It is taken once and from the reference, here the same as
-    # the policy, which would keep the graph of every prompt.
-    ends = batch.mask[::num_responses_per_prompt].int().argmax(1) - 1
-    tokens = batch.tokens[::num_responses_per_prompt, :int(ends.max()) + 1]
-    rows = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // tokens.size(1)))
+        fail(f"every reward of stage 1 is zero, {batch.truncated.mean():.0%} of the responses were cut off at "
+             f"--max_new_tokens={max_new_tokens}: give more --warmup_steps, or make the task easier "
+             f"({parameters_of(run)})")
+    # The head reads one vector of each prompt, at its end. It is taken once and from the reference,
+    # here the same as the policy, which would keep the graph of every prompt.
+    ends = batch.mask[::N].int().argmax(1) - 1
+    tokens = batch.tokens[::N, :int(ends.max()) + 1]
+    rows = torch.arange(len(tokens), device=device)
     with torch.no_grad(), on_device(run.reference):
-        features = torch.cat([run.reference.trunk(tokens[r])[range(len(r)), ends[r]] for r in rows]).float()
-    scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
+        features = torch.cat([run.reference.trunk(tokens[r])[range(len(r)), ends[r]]
+                              for r in rows.split(max(1, micro_batch_tokens // tokens.size(1)))]).float()
+    set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
+    parameters = list(run.model.value_head.parameters())
     for _ in range(100):
-        head = [unshard(p).detach().requires_grad_() for p in run.model.value_head.parameters()]
-        loss = value_loss(F.linear(features, *head).squeeze(1), local_rewards, beta1)
-        gradients = torch.autograd.grad(run.scaler.scale(loss), head)
-        for p, gradient in zip(run.model.value_head.parameters(), gradients):
+        weight, bias = head = [unshard(p).detach().requires_grad_() for p in parameters]
+        predicted = torch.nn.functional.linear(features, weight, bias).squeeze(1)
+        loss = run.scaler.scale(value_loss(predicted, local_rewards, beta1))
+        for p, gradient in zip(parameters, torch.autograd.grad(loss, head)):
             p.grad = shard(all_reduce(gradient) / world_size, p)
         optimizer_step(run)
     run.stage1_values = values
@@ -265,12 +276,13 @@ def estimate_values(run):
 
 def policy_step(run):
     """
-    Take one step of A*PO (or GRPO): sample a batch of responses and regress on it. Returns the step's metrics.
+    Take one step of A*PO (or GRPO): sample a batch of responses and regress on it. Returns the
+    step's metrics.
 
-    This is the whole of stage 2: rollout, reference, loss, backward, clip, optimizer step.
+    This is all of stage 2: rollout, reference, loss, backward, clip, optimizer step.
     """
     problems, stored_values = stage2_problems(run)
-    batch = rollout(run, respond, problems, TRAIN, temperature)
+    batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
     started = time.monotonic()
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
     pieces = pieces_of(batch.tokens, batch.mask) # micro-batches
@@ -278,220 +290,223 @@ def policy_step(run):
     # The reference, and the warmed-up base, which is another model once the reference was refreshed.
     with torch.no_grad(), on_device(run.reference), on_device(run.base):
         ref_logprobs = score(run.reference, pieces, rewards) # (B,)
-        base_logprobs = ref_logprobs if run.base is run.reference else score(run.base, pieces, rewards)
+        base_logprobs = ref_logprobs
+        if run.base is not run.reference:
+            base_logprobs = score(run.base, pieces, rewards)
     batch.seconds['reference'] = time.monotonic() - started
 
+    if algorithm == 'grpo':
+        advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1)
     logprobs, values = torch.zeros_like(rewards), torch.zeros_like(rewards) # (B,)
-    advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1) if algorithm == 'grpo' else None
     old_logprobs = [] # of every token, by the policy that sampled
-    scale_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
+    set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     for update in range(updates_per_batch):
         for i, (rows, tokens, mask) in enumerate(pieces):
             # forward
-            by_token, head_values = token_logprobs(run.model, tokens, mask, temperature, dtype) # (b, T), (b,)
+            by_token, head_values = token_logprobs(run.model, tokens, mask, temperature, dtype)
             by_sequence = sequence_logprobs(by_token, mask) # (b,)
             if update == 0:
                 old_logprobs.append(by_token.detach())
                 logprobs[rows] = by_sequence.detach()
-                # The head is clamped to the range of rewards: above 1 it would push even right answers away.
-                values[rows] = head_values.detach().clamp(0, 1) if stored_values is None else stored_values[rows]
-            # loss, as a mean over the sequences of all ranks, or over their tokens
+                # Clamped to the range of rewards: above 1 V* would push even right answers away.
+                values[rows] = head_values.detach().clamp(0, 1)
+                if stored_values is not None:
+                    values[rows] = stored_values[rows]
+            # loss: a mean over the sequences of all ranks, or over their tokens
             if algorithm == 'grpo':
                 loss = grpo_loss(by_token, old_logprobs[i], advantages[rows], mask)
                 loss = loss * mask.sum() * world_size / total_tokens
             else:
                 loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
-                loss = (loss + value_loss(head_values, rewards[rows, None], beta1)) * len(rows) / len(rewards)
+                loss = loss + value_loss(head_values, rewards[rows, None], beta1)
+                loss = loss * len(rows) / len(rewards)
             # backward
             run.scaler.scale(loss).backward()
-        grad_norm = optimizer_step(run) # clips
+        grad_norm = optimizer_step(run) # clips, steps, clears
     run.step += 1
     batch.seconds['update'] = time.monotonic() - started - batch.seconds['reference']
-    return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values), grad_norm=grad_norm,
-                tokens=int(total_tokens), **{f'seconds_{part}': round(batch.seconds[part], 3) for part in PARTS})
+    return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values),
+                grad_norm=grad_norm, tokens=int(total_tokens),
+                **{f'seconds_{part}': round(batch.seconds[part], 3) for part in PARTS})
 
 
 def stage2_problems(run):
-    """Return this rank's problems of the current step, and their V* from stage 1, or None where the value head gives
-    it."""
-    step = run.step - warmup_steps
-    if algorithm == 'grpo': # groups: every prompt N times in a row
-        groups = run.task.training_problems((seed, TRAIN, step), share(batch_size // num_responses_per_prompt))
-        return [p for p, _ in groups for _ in range(num_responses_per_prompt)], None
-    if fresh_prompts:
-        return [p for p, _ in run.task.training_problems((seed, TRAIN, step), share(batch_size))], None
-    # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch. One that was never solved
-    # has a V* of 0, but for rounding.
-    values = run.stage1_values.cpu().numpy()
-    pool = np.flatnonzero(values > 1e-6) if filter_failed else np.arange(num_train_samples)
-    order = functools.cache(lambda epoch: np.random.default_rng((seed, TRAIN, epoch)).permutation(pool))
-    positions = [step * batch_size + i for i in share(batch_size)]
-    chosen = [int(order(i // len(pool))[i % len(pool)]) for i in positions]
-    problems = run.task.training_problems((seed, STAGE1, 0), chosen)
-    return [p for p, _ in problems], run.stage1_values[chosen]
+    """Return this rank's problems of the current step, and their V* from stage 1, or None where the
+    value head gives it."""
+    step, groups = run.step - warmup_steps, 1
+    if algorithm == 'apo' and not fresh_prompts:
+        # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
+        places = [divmod(step * batch_size + i, num_train_samples) for i in share(batch_size)]
+        orders = {epoch: np.random.default_rng((seed, TRAIN, epoch)).permutation(num_train_samples)
+                  for epoch, _ in places}
+        chosen = [int(orders[epoch][place]) for epoch, place in places]
+        drawn = run.task.training_problems((seed, STAGE1, 0), chosen)
+        return [problem for problem, _ in drawn], run.stage1_values[chosen]
+    if algorithm == 'grpo': # every prompt N times in a row
+        groups = num_responses_per_prompt
+    drawn = run.task.training_problems((seed, TRAIN, step), share(batch_size // groups))
+    return [problem for problem, _ in drawn for _ in range(groups)], None
 
 
 def step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values):
-    """Average what is worth a look over the responses of all ranks."""
+    """Average over the responses of all ranks what is worth a look."""
     error = residual(logprobs, ref_logprobs, batch.reward, values, beta2)
-    columns = dict(reward=batch.reward, accuracy=batch.correct, formatted=batch.formatted, truncated=batch.truncated,
-                   length=batch.length, kl=logprobs - ref_logprobs, base_kl=logprobs - base_logprobs,
-                   entropy=-logprobs / batch.length, value=values, value_zero=(values < 1e-6).float(), residual=error,
-                   residual_std=error.square())
-    metrics = dict(zip(columns, all_reduce(torch.stack(list(columns.values())).mean(1) / world_size).tolist()))
-    metrics['residual_std'] = math.sqrt(max(0, metrics['residual_std'] - metrics['residual'] ** 2))
-    return metrics
+    columns = dict(
+        reward=batch.reward, accuracy=batch.correct, formatted=batch.formatted,
+        truncated=batch.truncated, length=batch.length, kl=logprobs - ref_logprobs,
+        base_kl=logprobs - base_logprobs, entropy=-logprobs / batch.length, value=values,
+        value_zero=(values < 1e-6).float(), residual=error, residual_std=error.square())
+    means = all_reduce(torch.stack(list(columns.values())).mean(1) / world_size).tolist()
+    metrics = dict(zip(columns, means))
+    variance = metrics['residual_std'] - metrics['residual'] ** 2
+    return metrics | dict(residual_std=math.sqrt(max(0, variance)))
 
 
 def score(model, pieces, like):
     """Return the log-probabilities of whole responses under a model, (B,) like the tensor given."""
     logprobs = torch.zeros_like(like)
     for rows, tokens, mask in pieces:
-        logprobs[rows] = sequence_logprobs(token_logprobs(model, tokens, mask, temperature, dtype)[0], mask)
+        by_token, _ = token_logprobs(model, tokens, mask, temperature, dtype)
+        logprobs[rows] = sequence_logprobs(by_token, mask)
     return logprobs
 
 
 def pieces_of(tokens, mask):
-    """Cut a batch into micro-batches, (rows, tokens, mask) each. Every rank gets equally many, or FSDP would hang."""
-    most = all_reduce(len(micro_batches(mask, micro_batch_tokens)), dist.ReduceOp.MAX)
-    return [(rows, *trim(tokens[rows], mask[rows])) for rows in micro_batches(mask, micro_batch_tokens, most)]
+    """Cut a batch into micro-batches, (rows, tokens, mask) each. Every rank gets equally many, or
+    FSDP would hang."""
+    pieces = micro_batches(mask, micro_batch_tokens)
+    most = all_reduce(len(pieces), dist.ReduceOp.MAX)
+    pieces = micro_batches(mask, micro_batch_tokens, at_least=most)
+    return [(rows, *trim(tokens[rows], mask[rows])) for rows in pieces]
 
 
-def rollout(run, function, problems, stream, at_temperature, repeat=1):
-    """Let the policy answer this rank's problems: call sample.respond, or sample.evaluate, with the current weights.
-    This is where a signal to stop arrives in time, because sampling is what takes long."""
+def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
+    """Let the policy answer this rank's problems: call sample.respond, or sample.evaluate, with its current weights;
+    `first` is the index of the first response in the batch of all ranks. Sampling takes longest, so a signal to stop
+    interrupts it."""
     if run.rollout_model is not run.model:
         copy_weights(run.model, run.rollout_model)
-    result, names = None, ('warm-up', 'stage 1', 'stage 2', 'evaluation')
+    result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
     with contextlib.suppress(Stopped), on_device(run.rollout_model):
-        result = function(
-            run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step, rank), repeat,
-            max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows, watch=watch_signals,
-            progress=names[stream] if rank == 0 else '')
+        if problems: # there may be more ranks than held-out problems
+            result = function(
+                run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat, first=first,
+                max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
+                watch=watch_signals, progress=name if rank == 0 else '')
     leave_if_asked(run)
     return result
 
 
-def log_evaluation(run, when, share=1):
-    """Evaluate every `share`-th of the held-out problems at eval_temperature, print the result, record it with eight of
-    the responses, draw the curves. Returns the summary."""
+def log_evaluation(run, when, one_in=1):
+    """Evaluate one in so many of the held-out problems at eval_temperature, print the result, record
+    it with eight of the responses, draw the curves. Returns the summary."""
     seconds = round(run.seconds, 1)
-    if sys.stdout.isatty():
-        print0(f'evaluating {when} on held-out problems ...', end='\r')
-    problems = held_out_problems(run.task, num_eval_samples)[::share]
-    rows = rollout(run, evaluate, problems[rank::world_size] or problems[:1], EVAL, eval_temperature)
-    rows = gather_lists(rows if rank < len(problems) else [])
+    problems = held_out_problems(run.task, num_eval_samples)[::one_in]
+    mine = share(len(problems))
+    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start, eval_temperature)
+    rows = gather_lists(rows)
     result = summarize(rows)
     low, high = result['interval_95']
-    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}"
-           + ''.join(f', {group} {accuracy:.3f}' for group, accuracy in result['by_difficulty'].items())
-           + f", formatted {result['formatted']:.3f}, truncated {result['truncated']:.3f}, "
-             f"{result['length']:.0f} tokens")
+    groups = [f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()]
+    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}, "
+           f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
+           f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
     run.evaluated = run.step
     record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
     for row in rows[:8]:
         record(run, 'samples.jsonl', dict(step=run.step, **row))
     if rank == 0:
-        try:
+        with contextlib.suppress(ModuleNotFoundError): # finish says so
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
-        except ModuleNotFoundError:
-            if when == 'at the end':
-                print0("no curves.png: drawing it needs matplotlib: pip install matplotlib")
     return result
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Model, optimizer, ranks
 
 def build(settings, checkpoint):
-    """Return the Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's state when
-    resuming."""
-    the_task = make_task(task, settings)
-    pretrained = checkpoint is not None and isinstance(checkpoint['tokenizer'], dict)
-    if not hasattr(the_task, 'demonstration') and (warmup_steps or not pretrained):
-        fail(f"--task={task} has no demonstrations to imitate: start from pretrained weights by --init_from, "
-             "without --warmup_steps")
-    tokenizer = make_tokenizer(checkpoint['tokenizer'], the_task, init_from) if checkpoint else \
-        Tokenizer(the_task.tokens)
-    try:
+    """Return the Run to start from: fresh weights, those of a checkpoint, or all of a checkpoint's
+    state when resuming."""
+    puzzles = make_task(task, settings)
+    state = checkpoint['tokenizer'] if checkpoint else puzzles.tokens
+    pretrained = isinstance(state, dict)
+    if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
+        fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
+    tokenizer = make_tokenizer(state, puzzles, init_from)
+    with one_line('these settings', ValueError):
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
-        if not pretrained:
-            config.max_seq_len = max(config.max_seq_len, the_task.longest_prompt + max_new_tokens)
-        try_problems(the_task, tokenizer, config)
-    except ValueError as error:
-        fail(str(error))
-    # Sharded before it has memory and filled tensor by tensor, so that a large model is never whole where it trains.
+        if not pretrained: # the positions of our own models may grow
+            config.max_seq_len = max(config.max_seq_len, puzzles.longest_prompt + max_new_tokens)
+        try_problems(puzzles, tokenizer, config)
+    # Sharded before it has memory and filled tensor by tensor, so that a large model is never whole
+    # where it trains.
     model = Transformer.without_memory(config)
     if world_size > 1 or cpu_offload:
-        fully_shard_blocks(model)
+        shard_blocks(model)
     model.allocate('cpu' if cpu_offload else device, device)
-    with torch.no_grad():
+    with torch.no_grad(), one_line(init_from):
         for p, whole in initial_weights(model, checkpoint, tokenizer):
             p.copy_(shard(whole, p))
     model.recompute = activation_checkpointing
-    scaler = torch.amp.GradScaler(device.partition(':')[0], growth_interval=500, enabled=dtype == 'float16')
-    run = Run(settings, the_task, tokenizer, model, rollout_model=model, scaler=scaler)
-    # Sampling needs whole weights in the precision that computes; on one rank in float32 the policy's own are that.
+    scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
+    optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
+    run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers)
+    # Sampling needs whole weights in the precision that computes; on one rank in float32 the
+    # policy's own are that.
     if world_size > 1 or cpu_offload or dtype != 'float32' or compile:
         run.rollout_model = frozen_copy(model)
     if compile:
         with one_line('--compile=True, which needs a C++ compiler such as g++'):
             torch.compile(torch.sin)(torch.ones(2, device=device))
         model.compile(dynamic=True)
-    run.optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
     if init_from == 'resume':
         restore(run, checkpoint)
     return run
 
 
-def try_problems(the_task, tokenizer, config):
-    """Try whether there are problems of both splits that the vocabulary can write and the model can take. Raises
+def try_problems(puzzles, tokenizer, config):
+    """Try whether there are problems of both splits, and whether the vocabulary and the model can take them. Raises
     ValueError that says what is wrong."""
-    if config.max_seq_len < the_task.longest_prompt + max_new_tokens:
+    if config.max_seq_len < puzzles.longest_prompt + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                          "positions of this model")
     used = {*tokenizer.ends}
-    for i in range(20 if warmup_steps else 2):
+    for i in range(20):
         rng = np.random.default_rng(i)
-        problem = the_task.draw(rng, test=i % 2 == 0)
-        used.update(tokenizer.encode(tokenizer.prompt(the_task, problem)))
-        used.update(tokenizer.encode(the_task.demonstration(problem, rng)) if warmup_steps else [])
+        problem = puzzles.draw(rng, test=i % 2 == 0)
+        text = puzzles.demonstration(problem, rng) if warmup_steps else ''
+        used.update(tokenizer.encode(tokenizer.prompt(puzzles, problem) + text))
     if max(used) >= config.vocab_size:
-        raise ValueError(f"the tokenizer uses token {max(used)}, {tokenizer.library.id_to_token(max(used))!r}, but the "
-                         f"model's embedding has {config.vocab_size} rows")
+        raise ValueError(f"the tokenizer uses token {max(used)}, {tokenizer.decode([max(used)])!r}, but the model's "
+                         f"embedding has {config.vocab_size} rows")
 
 
-def fully_shard_blocks(model):
-    """Shard a model over the ranks, block by block. What is gathered for computing is in dtype, master weights and
-    gradients stay in float32."""
-    from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
-    options = dict(mesh=dist.init_device_mesh(torch.device(device).type, (world_size,)),
-                   mp_policy=MixedPrecisionPolicy(getattr(torch, dtype), torch.float32),
-                   offload_policy=CPUOffloadPolicy(device != 'cpu') if cpu_offload else OffloadPolicy())
-    for block in model.blocks:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
+def shard_blocks(model):
+    """Shard a model over the ranks, block by block. Master weights and gradients are float32; what is
+    gathered to compute is in dtype."""
+    options = dict(
+        mesh=dist.init_device_mesh(torch.device(device).type, (world_size,)),
+        mp_policy=MixedPrecisionPolicy(getattr(torch, dtype), torch.float32),
+        offload_policy=CPUOffloadPolicy(device != 'cpu') if cpu_offload else OffloadPolicy())
+    for part in (*model.blocks, model):
+        fully_shard(part, **options)
 
 
 def initial_weights(model, checkpoint, tokenizer):
-    """Yield pairs of each parameter and its whole value: pretrained, of a checkpoint, or random."""
+    """Return pairs of each parameter and its whole value: pretrained, of a checkpoint, or random."""
     if checkpoint and 'folder' in checkpoint:
-        yield model.value_head.weight, torch.zeros(1, model.config.d_model)
-        yield model.value_head.bias, torch.zeros(1)
-        with one_line(init_from):
-            yield from load_pretrained(model, checkpoint['folder'])
-        return
+        return load_pretrained(model, checkpoint['folder'])
     if checkpoint:
         weights = checkpoint['model']
     else:
         torch.manual_seed(seed)
         fresh = Transformer(model.config)
         if tokenizer.whole_numbers:
-            embed_numbers(fresh, {i: int(token) for i, token in enumerate(tokenizer.tokens) if token.isdigit()})
+            words = enumerate(tokenizer.tokens)
+            embed_numbers(fresh, {i: int(word) for i, word in words if word.isdigit()})
         weights = fresh.state_dict()
-    for name, p in model.named_parameters():
-        yield p, weights[name]
+    return [(p, weights[name]) for name, p in model.named_parameters()]
 
 
 def shard(whole, p):
@@ -535,15 +550,16 @@ def on_device(copy):
 
 
 def make_optimizers(model, muon=False):
-    """Make AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks. The value head is a
-    small regression beside the policy, with a learning rate of its own. scale_learning_rates sets the rates."""
-    head, matrices, rest = [], [], []
+    """Make AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks.
+    The value head is a small regression beside the policy, with a learning rate of its own."""
+    groups = dict(policy=[], value_head=[], matrices=[])
     for name, p in model.named_parameters():
         in_block = muon and p.dim() == 2 and 'blocks' in name
-        (head if name.startswith('value_head') else matrices if in_block else rest).append(p)
-    groups = [dict(params=rest, name='policy'), dict(params=head, name='value_head')]
-    adamw = torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    return [adamw, Muon([dict(params=matrices, name='matrices')])] if muon else [adamw]
+        group = 'value_head' if name.startswith('value_head') else 'matrices' if in_block else 'policy'
+        groups[group].append(p)
+    policy, head, matrices = (dict(params=params, name=name) for name, params in groups.items())
+    adamw = torch.optim.AdamW([policy, head], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+    return [adamw, Muon([matrices], dict(lr=0.0, momentum=0.95))] if muon else [adamw]
 
 
 class Muon(torch.optim.Optimizer):
@@ -553,9 +569,6 @@ class Muon(torch.optim.Optimizer):
     slower than float32.
     """
 
-    def __init__(self, groups):
-        super().__init__(groups, dict(lr=0.0, momentum=0.95))
-
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
@@ -563,7 +576,8 @@ class Muon(torch.optim.Optimizer):
                 average = self.state[p].setdefault('average', torch.zeros_like(p))
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(average, group['momentum']) # Nesterov
-                update = orthogonalize(unshard(update)) * max(1, p.size(0) / p.size(1)) ** 0.5 # a shard is no matrix
+                update = orthogonalize(unshard(update)) # a shard is no matrix
+                update = update * max(1, p.size(0) / p.size(1)) ** 0.5
                 p.add_(shard(update, p), alpha=-group['lr'])
 
 
@@ -577,32 +591,29 @@ def orthogonalize(x, steps=5):
     return wide if x.size(0) <= x.size(1) else wide.T
 
 
-def scale_learning_rates(run, factor, policy=None, matrices=None):
+def set_learning_rates(run, factor, warmup_rates={}):
     """Set every learning rate to `factor` of its setting."""
-    rates = dict(policy=learning_rate if policy is None else policy, matrices=matrices, value_head=value_learning_rate)
+    rates = dict(policy=learning_rate, value_head=value_learning_rate) | warmup_rates
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group['lr'] = rates[group['name']] * factor
 
 
 def optimizer_step(run):
-    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. A gradient that is not finite
-    changes nothing; in float16 it says that the loss was scaled by too much, which the scaler mends."""
+    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. One line and exit
+    for a gradient that is not finite, but that of a loss which the scaler can scale by less."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
-    # The value head by itself, or its gradient, which is large and noisy, would shrink the policy's.
+    # The value head by itself, or its gradient, large and noisy, would shrink the policy's.
     head = list(run.model.value_head.parameters())
     policy = [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
-    norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item() for part in (policy, head))
-    run.bad_steps = 0 if math.isfinite(norm + head_norm) else run.bad_steps + 1
-    if run.bad_steps == 0:
-        for optimizer in run.optimizers:
-            run.scaler.step(optimizer)
-    elif run.bad_steps == (25 if dtype == 'float16' else 5):
-        fail(f"the gradient was not finite in {run.bad_steps} steps in a row, up to step {run.step}: lower "
-             f"--learning_rate or --value_learning_rate; the checkpoints in {out_dir} are good")
-    else:
-        print0(f"the gradient of step {run.step + 1} is not finite: nothing is changed")
+    norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item()
+                       for part in (policy, head))
+    if not math.isfinite(norm + head_norm) and run.scaler.get_scale() <= 1:
+        fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
+             f"--value_learning_rate; the checkpoints in {out_dir} are good")
+    for optimizer in run.optimizers:
+        run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return norm
@@ -630,127 +641,111 @@ def gather_lists(rows):
     return [row for part in lists for row in part]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Settings
 
 def configure(argv):
     """
     Settle every setting and write them to this module, once: the block on top < the task's defaults < what fits the
-    machine and pretrained weights < a checkpoint that is resumed < the command line.
+    machine, pretrained weights or the checkpoint to start from < one that is resumed < the command line.
 
     Returns all settings, those that the task's class takes included, and the checkpoint to start from, or None.
     """
-    read_cluster()
-    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.error = fail
-    for name in ('task', 'out_dir', 'init_from'):
-        first.add_argument(f'--{name}', type=os.path.expanduser)
-    start = {name: value for name, value in vars(first.parse_known_args(argv)[0]).items() if value is not None}
-    chosen = SETTINGS | start
-    folder = chosen['out_dir'].replace('TASK', os.path.basename(chosen['task']).removesuffix('.py'))
-    checkpoint = open_start(chosen['init_from'], folder)
-    resumed = checkpoint['settings'] if chosen['init_from'] == 'resume' else {}
-    if resumed and 'task' not in start:
-        chosen['task'] = resumed['task']
-        if chosen['task'].endswith('.py'):
-            fail(f"the task of this run is a file, and a checkpoint must not choose what runs: add --task={chosen['task']}")
-    with one_line(f"--task={chosen['task']}", ValueError, OSError):
-        kind = find_task(chosen['task'])
-    given = parse_arguments(argv, kind, chosen['task']) | start | dict(task=chosen['task'], out_dir=folder)
+    texts = read_arguments(argv)
+    start = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in ('task', 'out_dir', 'init_from')}
+    start['out_dir'] = start['out_dir'].replace('TASK', os.path.basename(start['task']).removesuffix('.py'))
+    checkpoint = open_start(**start)
+    resuming = start['init_from'] == 'resume'
+    if resuming and 'task' not in texts:
+        start['task'] = checkpoint['task']
+        if start['task'].endswith('.py'):
+            fail(f"a checkpoint must not choose what code runs: its task is a file, add --task={start['task']}")
+    with one_line(f"--task={start['task']}", ValueError, OSError):
+        kind = find_task(start['task'])
+    if texts.keys() & {'help', 'h'}:
+        print_help(kind)
+    defaults = SETTINGS | parameters(kind)
+    given = {name: typed(name, text, defaults, kind) for name, text in texts.items()} | start
+    stored = checkpoint['settings'] if checkpoint else {}
 
-    device = join_ranks(given.get('device', resumed.get('device', 'auto')), given.get('cpu_offload', False))
-    fits = dict(GPU) if device.startswith('cuda') else {} # a Mac's GPU is taken for a laptop's
+    device = join_ranks(given.get('device', stored.get('device', 'auto') if resuming else 'auto'), given)
+    fits = kind.defaults | (GPU if device.startswith('cuda') else {}) # a Mac's GPU is taken for a laptop's
     if checkpoint:
-        pretrained = isinstance(checkpoint['tokenizer'], dict)
-        fits |= (PRETRAINED if pretrained else {}) | dict(warmup_steps=0)
+        fits |= (PRETRAINED if 'folder' in checkpoint else {}) | dict(warmup_steps=0)
+        fits |= {name: stored[name] for name in stored if name in parameters(kind)}
         fits |= {name: checkpoint['config'][name] for name in SIZES['50m']}
-        fits |= {name: checkpoint['settings'][name] for name in parameters(kind) if name in checkpoint['settings']}
-        for name in SIZES['50m']:
-            if name in given and given[name] != fits[name]:
-                fail(f"--{name}={given[name]} does not fit the checkpoint's model, which has {fits[name]}")
-    settings = SETTINGS | parameters(kind) | kind.defaults | fits | resumed | given | dict(device=device)
+    settings = defaults | fits | (stored if resuming else {}) | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
-    check_settings(settings)
+    check_settings(settings, checkpoint)
     globals().update({name: settings[name] for name in SETTINGS})
-    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
-           f"{world_size} rank(s), torch {torch.__version__}")
-    changed = {name: value for name, value in settings.items() if name not in given and value != SETTINGS.get(name, value)
-               and name not in ('device', 'dtype')}
-    if changed and not resumed:
-        print0('chosen for this task, machine or start: ' + ', '.join(f'{k}={v}' for k, v in changed.items()))
+    changed = {name: settings[name] for name in fits if name not in given and not resuming}
+    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, {world_size} rank(s), "
+           f"torch {torch.__version__}", *[f'{name}={value}' for name, value in changed.items()], sep=', ')
     return settings, checkpoint
 
 
 def parameters(kind):
     """Return the parameters of a task's class with their defaults."""
-    return {name: parameter.default for name, parameter in inspect.signature(kind).parameters.items()}
+    return {name: p.default for name, p in inspect.signature(kind).parameters.items()}
 
 
-def parameters_of(run):
-    """Return, for a message, the settings by which this run's task is made easier, if it has any."""
-    names = [f'--{name}' for name in parameters(type(run.task))]
-    return f" ({', '.join(names)})" if names else ''
+def read_arguments(argv):
+    """Return {name: text} of arguments such as --name=value and --name value."""
+    texts, words = {}, iter(argv)
+    for word in words:
+        name, equals, text = word.partition('=')
+        if not name.startswith('-'):
+            fail(f"{word!r} is no setting: write --name=value (python train.py --help lists all)")
+        texts[name.strip('-')] = text if equals or name in ('-h', '--help') else next(words, '')
+    return texts
 
 
-def parse_arguments(argv, kind, name):
-    """Return the settings given as --name=value or --name value, typed by their defaults; --help prints all of them with
-    their comments. One line and exit for one that neither this file nor the task's class takes."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage='python train.py [--setting=value ...]', allow_abbrev=False)
-    parser.error, group = fail, parser.add_argument_group('settings, with their defaults')
+def typed(name, text, defaults, kind):
+    """Return a setting's text as the type of its default. One line and exit for a text that does not fit, and for a
+    name that neither this file nor the task's class takes."""
+    if name not in defaults:
+        close = difflib.get_close_matches(name, defaults, n=1)
+        fail(f"unknown setting --{name}{f'; did you mean --{close[0]}?' if close else ''} (--task={kind.__name__.lower()} "
+             f"takes {', '.join(f'--{own}' for own in parameters(kind)) or 'none of its own'})")
+    expected = type(defaults[name])
+    try:
+        return dict(true=True, false=False)[text.lower()] if expected is bool else expected(text)
+    except (KeyError, ValueError):
+        fail(f"--{name} must be {'true or false' if expected is bool else f'of type {expected.__name__}'}, not {text!r}")
+
+
+def print_help(kind):
+    """Print the settings with their comments, as they stand in this file and in the tasks' classes, and leave."""
     with open(__file__, encoding='utf-8') as file:
-        block = file.read().partition('# ---- settings')[2].partition('# ---- end of settings')[0]
-    for setting, default, comment, heading in re.findall(r'^(\w+) = (.+?) # (.+)$|^# (.+)$', block, re.M):
-        if heading:
-            group = parser.add_argument_group(heading)
-        else:
-            add_setting(group, setting, SETTINGS[setting], kind.defaults.get(setting, default), comment)
-    for other, its_class in (TASKS | {name: kind}).items():
-        group = parser.add_argument_group(f'with --task={other}')
-        comments = dict(re.findall(r'^ +(\w+)=.+?, # (.+)$', inspect.getsource(its_class), re.M))
-        for parameter, default in parameters(its_class).items():
-            if its_class is kind:
-                add_setting(group, parameter, default, default, comments.get(parameter, ''))
-            else: # only to be listed
-                group.description = f"{group.description or ''}\n  --{parameter} {default}: {comments[parameter]}".strip('\n')
-    given, unknown = parser.parse_known_args(argv)
-    if unknown:
-        names = [*SETTINGS, *parameters(kind)]
-        close = difflib.get_close_matches(unknown[0].partition('=')[0].removeprefix('--'), names, n=1)
-        own = ', '.join(f'--{parameter}' for parameter in parameters(kind))
-        fail(f"unknown setting {unknown[0]!r}{f'; did you mean --{close[0]}?' if close else ''} (--task={name} takes "
-             f"{own or 'none of its own'}; python train.py --help lists all)")
-    return vars(given)
+        print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
+    for its_class in {**dict.fromkeys(TASKS.values()), kind: None}:
+        print(f'# {its_class.__name__}', f'# defaults: {its_class.defaults}', sep='\n')
+        source = inspect.getsource(its_class.__init__) if parameters(its_class) else ''
+        print(*[f'{name} = {value} # {comment}' for name, value, comment in re.findall(r'(\w+)=(.+?), # (.+)', source)],
+              sep='\n')
+    sys.exit()
 
 
-def add_setting(group, name, default, shown, comment):
-    """Add one setting to the command line; its default says its type."""
-    def true_or_false(text):
-        return ['false', 'true'].index(text.lower()) == 1
-    kind = true_or_false if isinstance(default, bool) else type(default)
-    group.add_argument(f'--{name}', type=kind, metavar=shown, default=argparse.SUPPRESS, choices=CHOICES.get(name),
-                       help=comment.replace('%', '%%'))
-
-
-def check_settings(settings):
-    """End with one line for every combination of settings that cannot work."""
-    # The least that a number may be, where it is not just above 0; the value head's gradient overflows below 0.03.
-    least = dict.fromkeys(('seed', 'warmup_steps', 'warmup_muon_learning_rate', 'max_steps', 'ref_update_interval',
-                           'eval_temperature', 'keep_checkpoints'), 0) | dict(beta1=0.03)
+def check_settings(settings, checkpoint):
+    """End with one line for settings that cannot work."""
+    for name in ('algorithm', 'dtype', 'tracker'):
+        if settings[name] not in CHOICES[name]:
+            fail(f"--{name} must be {' or '.join(CHOICES[name])}, not {settings[name]!r}")
     for name, default in SETTINGS.items():
-        value, low = settings[name], least.get(name, 0)
-        if type(default) in (int, float) and not (low <= value < 2 ** 63 and (value or name in least)):
-            fail(f"--{name} must be {f'at least {low}' if name in least else 'above 0'}, not {value}")
-    if settings['filter_failed'] and settings['fresh_prompts']:
-        fail("--filter_failed=True is about the prompts of stage 1: it needs --fresh_prompts=False")
-    grpo = settings['algorithm'] == 'grpo'
-    if grpo and settings['num_responses_per_prompt'] < 2:
+        least = LEAST.get(name, 0) # where it is not just above 0
+        if type(default) in (int, float) and not (least <= settings[name] < 2 ** 63 and (settings[name] or name in LEAST)):
+            fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'}, not {settings[name]}")
+    for name in SIZES['50m'] if checkpoint else ():
+        if settings[name] != checkpoint['config'][name]:
+            fail(f"--{name}={settings[name]} does not fit the checkpoint's model, which has {checkpoint['config'][name]}")
+    group = settings['num_responses_per_prompt'] if settings['algorithm'] == 'grpo' else 1
+    if settings['algorithm'] == 'grpo' and group < 2:
         fail("--algorithm=grpo compares the responses to a prompt: --num_responses_per_prompt must be at least 2")
-    unit = world_size * (settings['num_responses_per_prompt'] if grpo else 1)
-    for name, factor in dict(batch_size=unit, warmup_batch_size=world_size, num_train_samples=world_size).items():
-        if settings[name] % factor:
-            fail(f"--{name}={settings[name]} must be a multiple of {factor} (ranks, with GRPO x responses per prompt)")
+    units = dict(batch_size=world_size * group, warmup_batch_size=world_size, num_train_samples=world_size)
+    for name, unit in units.items():
+        if settings[name] % unit:
+            fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, with GRPO x responses per prompt)")
 
 
 def read_cluster():
@@ -761,65 +756,66 @@ def read_cluster():
     with one_line(f"the cluster's variables {given}", ValueError):
         rank, world_size = int(given.get('RANK', 0)), int(given.get('WORLD_SIZE', 1))
     if rank >= world_size or world_size > 1 and len(given) < len(names):
-        absent = ', '.join(name for name in names if name not in given)
-        fail(f"{', '.join(given)} set, but {absent or 'they contradict each other'}: start with torchrun, or unset them")
+        fail(f"of the variables {', '.join(names)} only {given} are set: start with torchrun, or unset them")
 
 
-def join_ranks(name, cpu_offload):
+def join_ranks(name, given):
     """Pick this rank's device, share out the cores, join the other ranks. Returns the device."""
-    local_ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
+    read_cluster()
+    local_rank, local_ranks = (int(os.environ.get(name) or default) for name, default in (
+        ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
     device = pick_device(name)
     if device == 'cuda':
         if torch.cuda.device_count() < local_ranks:
-            fail(f"{local_ranks} processes on this machine, but {torch.cuda.device_count()} GPU(s): lower "
-                 "--nproc_per_node")
-        device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+            fail(f"{local_ranks} processes, but {torch.cuda.device_count()} GPU(s) here: lower --nproc_per_node")
+        device = f'cuda:{local_rank}'
+        torch.cuda.set_device(device)
+        torch.set_float32_matmul_precision('high')
     if device == 'cpu' and local_ranks > 1: # torchrun gives each of several processes one thread
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
-        torch.set_num_threads(max(1, cores // local_ranks))
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Keep freed memory for the next tensor instead of giving it back: a fifth faster
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
         for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
-    if device.startswith('cuda'):
-        torch.cuda.set_device(device)
-        torch.set_float32_matmul_precision('high')
-    if (world_size > 1 or cpu_offload) and not dist.is_initialized():
+    if (world_size > 1 or given.get('cpu_offload')) and not dist.is_initialized():
         alone = {} if world_size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo', **alone)
     return device
 
 
-# --------------------------------------------------------------------------------------------------------------------
+def leave_ranks():
+    """End in step with the other ranks."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+        if world_size > 1 and tracker == 'none': # in Python's own end gloo's threads now and then abort
+            os._exit(0)
+
+
+# --------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def open_start(start, folder):
+def open_start(task, out_dir, init_from):
     """Return the checkpoint, or what is needed of pretrained weights, that a run starts from; None from scratch. One
     line and exit when there is none, or when the run would overwrite another."""
-    saved = checkpoints(folder)
-    if start == 'resume':
+    if init_from == 'resume':
+        saved = checkpoints(out_dir)
         return load_checkpoint(saved[-1]) if saved else fail(
-            f"nothing to resume: there is no checkpoint in {folder}" + (
-                "; a run was started there and saved none: delete it and start again" if holds_run(folder) else ''))
-    refuse_to_overwrite(folder)
-    if start == 'scratch':
+            f"nothing to resume: no checkpoint was saved in {out_dir}; start without --init_from=resume"
+            + ', and delete the folder first' * os.path.exists(out_dir))
+    refuse_to_overwrite(out_dir)
+    if init_from == 'scratch':
         return None
-    start = newest_model(glob.escape(start)) or start # where it is the folder of a run
-    named = re.fullmatch(r'[\w.-]+/[\w.-]+', start) and not start.endswith('.pt') # as models at Hugging Face are
-    return open_pretrained(start) if os.path.isdir(start) or named and not os.path.exists(start) else \
-        load_checkpoint(start)
-
-
-def open_pretrained(name):
-    """Return what build needs of pretrained weights, in a folder or by a name that huggingface_hub finds: where they
-    are, their config and tokenizer."""
-    folder = name
-    if not os.path.isdir(name):
-        with one_line(f"{name}, which is no file or folder here, as a model of Hugging Face"):
+    path = newest_model(glob.escape(init_from)) or init_from # where it is the folder of a run
+    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as models at Hugging Face are
+    if os.path.isfile(path) or not named and not os.path.isdir(path):
+        return load_checkpoint(path)
+    folder = path
+    with one_line(f"{path}, which is not a file or folder here," if not os.path.isdir(path) else path):
+        if not os.path.isdir(path):
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(name, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
-    with one_line(name):
+            folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
         config = dataclasses.asdict(read_config(folder))
         return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={})
 
@@ -830,22 +826,17 @@ def checkpoints(folder):
     return [os.path.join(folder, name) for name in sorted(names, key=lambda name: (len(name), name))] # by number
 
 
-def holds_run(folder):
-    """Say whether a run has been started in a folder."""
-    return bool(checkpoints(folder)) or os.path.exists(os.path.join(folder, 'metrics.jsonl'))
-
-
 def refuse_to_overwrite(folder):
     """End with one line that says what works when a folder holds a run."""
     if checkpoints(folder):
         fail(f"{folder} already holds a run: use --init_from=resume or another --out_dir, or delete it")
-    if holds_run(folder):
+    if os.path.exists(os.path.join(folder, LOGS[0])):
         fail(f"{folder} holds a run that ended before it saved anything: delete it, or use another --out_dir")
 
 
 def claim(folder):
-    """Lock a run's folder, which the system undoes when this process ends, however it ends. Returns the lock. One line
-    and exit when another process has it."""
+    """Lock a run's folder until this process ends, however it ends. Returns the lock. One line and exit when another
+    process has it."""
     if rank:
         return None
     os.makedirs(folder, exist_ok=True)
@@ -858,8 +849,8 @@ def claim(folder):
     except BlockingIOError:
         fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
     if init_from != 'resume':
-        refuse_to_overwrite(folder) # it may have been filled a moment ago
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # of a process that was killed while it saved
+        refuse_to_overwrite(folder) # another process may have filled it a moment ago
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # of one that was killed while it saved
         os.remove(path)
     return lock
 
@@ -867,32 +858,24 @@ def claim(folder):
 def save_checkpoint(run, final=False):
     """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
     it: a checkpoint is whole or not there. Every rank takes part, because weights are gathered; rank 0 writes."""
-    checkpoint = dict(format=FORMAT, task=task, step=run.step, settings=run.settings | dict(device=device.split(':')[0]),
-                      config=dataclasses.asdict(run.model.config), tokenizer=run.tokenizer.state,
-                      model=get_model_state_dict(run.model, options=WHOLE))
+    checkpoint = dict(format=FORMAT, task=task, step=run.step, tokenizer=run.tokenizer.state,
+                      settings=run.settings | dict(device=device.partition(':')[0]),
+                      config=dataclasses.asdict(run.model.config), model=get_model_state_dict(run.model, options=WHOLE))
     if not final:
-        checkpoint |= dict(optimizers=get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE),
-                           reference=run.reference and run.reference.state_dict(), stage1_values=run.stage1_values,
-                           base=None if run.base is run.reference else run.base.state_dict(),
-                           scaler=run.scaler.state_dict(), seconds=run.seconds, logged={},
-                           **{name: getattr(run, name) for name in PLAIN})
+        checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
+            optimizers=get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE),
+            scaler=run.scaler.state_dict(), reference=run.reference and run.reference.state_dict(),
+            base=None if run.base is run.reference else run.base.state_dict())
     if rank:
         return
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
-    try:
-        for name in () if final else LOGS: # flushed as well, because resuming cuts them to the length that they have now
-            with open(os.path.join(out_dir, name), 'a') as file:
-                os.fsync(file.fileno())
-                checkpoint['logged'][name] = file.tell()
-        with open(path + '.tmp', 'wb') as file:
-            torch.save(checkpoint, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + '.tmp', path)
-    except (OSError, RuntimeError) as error: # torch reports a full disk as a RuntimeError
-        if os.path.exists(path + '.tmp'):
-            os.remove(path + '.tmp')
-        fail(f"could not write {path}, earlier ones are whole; is the disk full? ({str(error).splitlines()[0]})")
+    logs = [os.path.join(out_dir, name) for name in LOGS]
+    checkpoint['logged'] = [os.path.getsize(log) if os.path.exists(log) else 0 for log in logs]
+    with open(path + '.tmp', 'wb') as file:
+        torch.save(checkpoint, file)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + '.tmp', path)
     saved = checkpoints(out_dir)
     for old in [] if final else saved[:saved.index(path) + 1][:-keep_checkpoints]:
         os.remove(old)
@@ -900,68 +883,60 @@ def save_checkpoint(run, final=False):
 
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
-    before = checkpoint['settings']
-    settled = ['warmup_steps'] * bool(checkpoint['reference']) + ['dtype'] * ('float16' in (dtype, before['dtype']))
-    if checkpoint['stage1_values'] is not None and not fresh_prompts: # these prompts are drawn again, their V* is not
-        settled += ['seed', 'num_train_samples', *parameters(type(run.task))]
-    if not checkpoint['reference'] and (warmup_muon_learning_rate > 0) != (before['warmup_muon_learning_rate'] > 0):
-        settled += ['warmup_muon_learning_rate']
-    for name in settled:
-        if run.settings[name] != before[name]:
-            fail(f"--{name}={run.settings[name]} comes too late for this run, which has {name}={before[name]}")
-    if not checkpoint['reference'] and warmup_steps < checkpoint['step']:
-        fail(f"--warmup_steps={warmup_steps} comes too late for this run, which has taken {checkpoint['step']} steps")
+    warm = checkpoint['reference'] is None # still in the warm-up
+    # What these settings decided lies behind the run.
+    settled = ['dtype', 'seed', 'num_train_samples', 'warmup_muon_learning_rate', *parameters(type(run.task))]
+    for name in settled if warm else [*settled, 'warmup_steps']:
+        if run.settings[name] != checkpoint['settings'][name]:
+            fail(f"--{name}={run.settings[name]} comes too late: this run has {name}={checkpoint['settings'][name]}")
+    if warm and warmup_steps < checkpoint['step']:
+        fail(f"--warmup_steps={warmup_steps} comes too late: this run has taken {checkpoint['step']} steps")
     for name in PLAIN:
         setattr(run, name, checkpoint[name])
-    run.started -= checkpoint['seconds']
-    run.scaler.load_state_dict(checkpoint['scaler'])
-    if checkpoint['stage1_values'] is not None:
-        run.stage1_values = checkpoint['stage1_values'].to(device, copy=True)
-    if checkpoint['reference']:
+    if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
         run.optimizers = make_optimizers(run.model)
     set_optimizer_state_dict(run.model, run.optimizers, checkpoint['optimizers'], options=WHOLE)
-    for name in LOGS if rank == 0 else (): # what was logged after the checkpoint will be logged again
-        with open(os.path.join(out_dir, name), 'a') as file:
-            file.truncate(min(checkpoint['logged'][name], file.tell()))
+    run.scaler.load_state_dict(checkpoint['scaler'])
+    for name, size in zip(LOGS, checkpoint['logged']) if rank == 0 else (): # what came later is logged again
+        if os.path.exists(os.path.join(out_dir, name)):
+            os.truncate(os.path.join(out_dir, name), size)
     print0(f"resuming at step {run.step}")
 
 
 def checkpoint_if_due(run):
-    """Save every checkpoint_interval steps, and leave when a signal asked for that."""
+    """Save every checkpoint_interval steps, and save and leave when a signal asked for that."""
     leave_if_asked(run)
     if run.step % checkpoint_interval == 0:
         save_checkpoint(run)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signals and records
 
 def catch_signals():
-    """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run and leave; one that
-    is ignored, as under nohup, stays ignored."""
+    """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run and leave. A signal
+    that is ignored, as under nohup, stays ignored; a second one ends the run at once."""
+    def request_stop(number, frame):
+        global stop_signal
+        stop_signal = number
+        signal.signal(number, signal.SIG_DFL)
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
-        number = getattr(signal, name, None) # Windows has not all of them
-        if number is not None and signal.getsignal(number) != signal.SIG_IGN:
+        number = getattr(signal, name, None) # Windows has two of them
+        if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, request_stop)
-
-
-def request_stop(number, frame):
-    """Ask the run to save and leave; a second Ctrl-C leaves at once."""
-    stop.set()
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def watch_signals(tokens):
     """Leave the sampling when a signal asked for that: generate calls it after each token."""
-    if stop.is_set():
+    if stop_signal:
         raise Stopped
 
 
 def leave_if_asked(run):
     """Save the finished steps and end when a signal asked any rank to stop."""
-    if all_reduce(int(stop.is_set())).item() == 0: # every rank must come to the same decision
+    if all_reduce(stop_signal).item() == 0: # every rank must come to the same decision
         return
     save_checkpoint(run)
     all_reduce(0).item() # rank 0 has written: torchrun may kill it when the others leave
@@ -970,19 +945,16 @@ def leave_if_asked(run):
 
 def report(run, phase, metrics, every=1):
     """Record the metrics of a step, and print one line to read, with the time left."""
-    record(run, 'metrics.jsonl', dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
+    record(run, LOGS[0], dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
     first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
-    run.recent = (run.recent + [time.monotonic()])[-20:] if run.step > first + 1 else [time.monotonic()]
-    if (run.step - first) % every and run.step not in (first + 1, last):
-        return
-    pace = (run.recent[-1] - run.recent[0]) / max(1, len(run.recent) - 1)
-    left = f", {pace * (last - run.step) / 60:.1f} min left" if len(run.recent) > 1 else ''
-    speed = metrics['tokens'] / max(1e-3, sum(v for k, v in metrics.items() if k.startswith('seconds_')))
-    text = f"loss {metrics['loss']:.3f}" if phase == 'warm-up' else (
-        f"reward {metrics['reward']:.3f}  accuracy {metrics['accuracy']:.3f}  KL {metrics['kl']:.2f}  "
-        f"length {metrics['length']:.0f}  truncated {metrics['truncated']:.2f}")
-    print0(f"{phase} {run.step - first}/{last - first}  {text}  {speed:,.0f} tokens/s  "
-           f"{run.seconds / 60:.1f} min{left}")
+    seconds = sum(value for name, value in metrics.items() if name.startswith('seconds_'))
+    run.pace = 0.9 * run.pace + 0.1 * seconds if run.pace and run.step > first + 1 else seconds
+    if (run.step - first) % every == 0 or run.step in (first + 1, last):
+        shown = dict(loss=3) if phase == 'warm-up' else dict(reward=3, accuracy=3, kl=2, length=0, truncated=2)
+        print0(f"{phase} {run.step - first}/{last - first}",
+               *[f'{name} {metrics[name]:.{digits}f}' for name, digits in shown.items()],
+               f"{metrics['tokens'] / max(seconds, 1e-3):,.0f} tokens/s  {run.seconds / 60:.1f} min, "
+               f"{run.pace * (last - run.step) / 60:.1f} min left", sep='  ')
     if phase != 'warm-up':
         hint(run, metrics)
 
@@ -990,22 +962,27 @@ def report(run, phase, metrics, every=1):
 def hint(run, metrics):
     """Say once, when the metrics show that something goes wrong, what it is and which setting mends it."""
     run.rewards.append(metrics['reward'])
-    start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
+    start, now, steps = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:]), len(run.rewards)
+    fallen = now < start - 0.1
     signs = {
-        "every reward so far is zero, nothing can be learned: give more --warmup_steps, or make the task easier"
-        f"{parameters_of(run)}": len(run.rewards) >= 5 and not any(run.rewards),
+        f"every reward so far is zero: give more --warmup_steps, or make the task easier ({parameters_of(run)})":
+            steps >= 5 and not any(run.rewards),
         f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
             metrics['truncated'] > 0.5,
-        f"the reward has fallen since the start and the KL is large: lower --learning_rate={learning_rate}":
-            now < start - 0.1 and metrics['base_kl'] > 10,
-        "few responses keep the format, and fewer by the step: lower --learning_rate, or give more --warmup_steps":
-            metrics['formatted'] < 0.5 and now < start - 0.1,
-        f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}, or give more "
-        "--warmup_steps": len(run.rewards) == run.step - warmup_steps >= 50 and now < min(0.9, start + 0.02),
-    }
+        f"the reward has fallen and the KL is large: lower --learning_rate={learning_rate}":
+            fallen and metrics['base_kl'] > 10,
+        f"few responses keep the format, and fewer by the step: lower --learning_rate={learning_rate}":
+            fallen and metrics['formatted'] < 0.5,
+        f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}":
+            steps >= 50 and now < min(0.9, start + 0.02)}
     for advice in [advice for advice, sign in signs.items() if sign and advice not in run.hints]:
         run.hints.append(advice)
         print0(f"hint: {advice} (README, Why is my reward flat?)")
+
+
+def parameters_of(run):
+    """Return, for a message, the settings of this run's task."""
+    return ', '.join(f'--{name}={run.settings[name]}' for name in parameters(type(run.task))) or 'it has no settings'
 
 
 def record(run, name, row):
@@ -1013,15 +990,15 @@ def record(run, name, row):
     if rank:
         return
     if run.track and 'phase' in row:
-        numbers = {f"{row['phase']}/{k}": v for k, v in row.items() if isinstance(v, (int, float))}
+        numbers = {f"{row['phase']}/{key}": value for key, value in row.items() if isinstance(value, (int, float))}
         run.track(numbers, row['step'])
     with open(os.path.join(out_dir, name), 'a') as file:
         file.write(json.dumps(row) + '\n')
 
 
 def open_tracker(run):
-    """Give the run a function of numbers and their step that sends them to wandb or TensorBoard. A run that is resumed
-    goes on under its id at wandb."""
+    """Give the run a function that sends numbers, with their step, to wandb or TensorBoard. At wandb a run that is
+    resumed keeps its id."""
     if rank or tracker == 'none':
         return
     with one_line(f'--tracker={tracker}'):
@@ -1038,29 +1015,30 @@ def open_tracker(run):
 
 def finish(run):
     """Leave the final evaluation, model and summary."""
-    seconds = run.seconds
+    minutes = run.seconds / 60
     result = log_evaluation(run, 'at the end')
-    if not max_steps:
+    if run.warmup_accuracy is None:
         run.warmup_accuracy = result['accuracy']
     save_checkpoint(run)
     save_checkpoint(run, final=True)
     if rank:
         return
+    result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
+    with open(os.path.join(out_dir, LOGS[0])) as file:
+        steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=os.path.dirname(os.path.abspath(__file__)),
                          capture_output=True, text=True) # through the shell, because there may be no git
-    result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
-    with open(os.path.join(out_dir, 'metrics.jsonl')) as file:
-        steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
-    split = {f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 2) for part in PARTS}
-    speed = round(sum(row['tokens'] for row in steps) / max(sum(split.values()), 0.01)) if steps else None
-    summary = dict(task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
-                   steps=run.step, seconds=round(seconds, 1), **split, tokens_per_second=speed,
-                   device=device, ranks=world_size, threads=torch.get_num_threads(), settings=run.settings,
-                   git_commit=git.stdout.strip() or None,
-                   versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
+    summary = dict(
+        task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
+        steps=run.step, seconds=round(60 * minutes, 1), device=device, ranks=world_size, settings=run.settings,
+        **{f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 1) for part in PARTS},
+        threads=torch.get_num_threads(), git_commit=git.stdout.strip() or None,
+        versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
-    print0(f"{seconds / 60:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
+    if not os.path.exists(os.path.join(out_dir, 'curves.png')):
+        print0("no curves.png: drawing it needs matplotlib: pip install matplotlib")
+    print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py")
 
 
@@ -1070,16 +1048,4 @@ def print0(*words, **options):
 
 
 if __name__ == '__main__':
-    sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
-    try:
-        main()
-    except OSError as error: # an out_dir that cannot be written, a full disk, an output that nobody reads any more
-        sys.exit(f"error: {error.filename or 'the output'}: {error.strerror}")
-    except RuntimeError as error:
-        if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
-            sys.exit(f"error: rank {rank} lost another rank, which died; go on with --init_from=resume "
-                     f"({str(error).splitlines()[0][:120]})")
-        if not out_of_memory(error):
-            raise
-        sys.exit(f"error: rank {rank} is out of memory: lower --micro_batch_tokens={micro_batch_tokens}, "
-                 f"--rollout_rows={rollout_rows} or the model's size; what is saved goes on with --init_from=resume")
+    run_script(main, '--micro_batch_tokens, --rollout_rows or the size of the model')

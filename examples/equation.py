@@ -9,7 +9,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, Task, in_words, ty
 
 
 class Equation(Task):
-    """Solve a*x+b=c. A problem is that text. Half of the demonstrations answer at once, half write 22-7=15 and 15/3=5."""
+    """Solve a*x+b=c. A problem is that text. Half of the demonstrations answer at once, half write 22-7=15 15/3=5."""
     defaults = dict(warmup_steps=1500, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
     def __init__(self,

@@ -5,8 +5,8 @@ The tasks of the reasoning-gym package (pip install reasoning-gym), for pretrain
 
 Some of the package's scorers run an answer as Python code, and some compute for ever over a few characters (1e99999999
 as a fraction). So none of them ever sees a model's answer in the trainer. They run in a second process, `serve` below,
-and there in a fork for each request, which may only compute: `confine` takes the rest from it. This needs Linux; macOS
-has no limit on memory.
+and there in a fork for each request, which may only compute: `confine` takes the rest from it. A request takes some 5
+ms. This needs Linux; macOS, which is untested, does not limit the memory.
 """
 import contextlib
 import copy
@@ -16,15 +16,17 @@ import os
 import pickle
 import random
 import resource
-import select
 import signal
 import subprocess
 import sys
+import threading
 
 from tasks import ANSWER, END_ANSWER, END_THINK, WRONG, Grade, Task, extract_answer, in_words
 
 NONSENSE = ['...', 'nan'] # the example in the question, and what slips through comparisons
-CPU_SECONDS, WALL_SECONDS, BYTES = 1, 5, 2 ** 31 # what a fork may use; computing counts, for the machine may be busy
+# What a fork may use. CPU_SECONDS stop a scorer that computes for long, however busy the machine is. WALL_SECONDS are
+# for one that waits.
+CPU_SECONDS, WALL_SECONDS, BYTES = 1, 5, 2 ** 31
 
 
 class ReasoningGym(Task):
@@ -106,37 +108,47 @@ class Scorer:
         """Return the score of each answer to an entry. Returns [] when the scorer had to be stopped at one of them."""
         if not self.process:
             self.start()
-        try:
-            pickle.dump((entry, answers), self.process.stdin)
-            self.process.stdin.flush()
-        except BrokenPipeError: # the process is gone, and its reply is that of one that says nothing
-            pass
-        return [float(score) for score in self.reply(2 * WALL_SECONDS).split()]
+        return [float(score) for score in self.ask(pickle.dumps((entry, answers)), 2 * WALL_SECONDS).split()]
 
     def start(self):
-        # The process is this file, run once more. It finds modules where the trainer finds them; the usual way to run a
-        # file would look in examples/ first, and take this file for the package.
+        # The process runs this same file, and looks for modules where the trainer does. Run in the usual way, it would
+        # look into its own folder first, and take itself for the package of the same name.
         code = f'import runpy, sys; sys.path = {sys.path}; runpy.run_path({__file__!r}, run_name="__main__")'
         self.process = subprocess.Popen(
             [sys.executable, '-c', code, self.dataset], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
             start_new_session=True, # Ctrl-C is for the trainer only
             env=dict(os.environ, OMP_NUM_THREADS='1')) # numpy starts no threads, which a fork would not have
-        if not self.reply(120): # its imports take seconds
+        if not self.ask(b'', 120): # its imports take seconds
             raise RuntimeError("the process that runs the scorers of reasoning-gym does not start")
 
-    def reply(self, seconds):
-        """Return what the process replies. When it says nothing in time, end it, so that a new one is started."""
-        in_time, _, _ = select.select([self.process.stdout], [], [], seconds)
-        said = os.read(self.process.stdout.fileno(), 1000) if in_time else b''
-        if not said:
+    def ask(self, request, seconds):
+        """Return the line that the process replies, b'' when there is none in time: then the process is ended, and the
+        next request starts a new one."""
+        timer = threading.Timer(seconds, self.process.kill)
+        timer.daemon = True # an exit does not wait for it
+        timer.start()
+        with contextlib.suppress(BrokenPipeError): # of a process that is gone
+            self.process.stdin.write(request)
+            self.process.stdin.flush()
+        reply = self.process.stdout.readline()
+        timer.cancel()
+        if not reply:
+            self.stop()
+        return reply
+
+    def stop(self):
+        if self.process:
             self.process.kill()
             self.process.wait()
             self.process = None
-        return said
+
+    def __del__(self):
+        self.stop() # Popen keeps a process that still runs, even when nothing else refers to it
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# In the second process. What comes from the trainer is unpickled here; what goes back to it are numbers as text.
+# In the second process. It unpickles what the trainer sends. What it sends back is text, which the trainer reads as
+# numbers and never unpickles.
 
 def serve(dataset):
     """Score the requests that come through standard input, until the trainer ends."""
@@ -151,7 +163,7 @@ def serve(dataset):
 
 
 def score(scorer, entry, answers):
-    """Score answers in a fork of this process. Returns the scores as text, b'' when the fork did not live to say them."""
+    """Score answers in a fork of this process. Returns the scores as text, b'' when the fork did not get so far."""
     read, write = os.pipe()
     if os.fork() == 0:
         try:
@@ -179,13 +191,14 @@ def score_one(scorer, answer, entry):
 def confine():
     """Leave this process nothing but to compute, and little of that."""
     signal.alarm(WALL_SECONDS)
-    limits = dict(RLIMIT_CPU=CPU_SECONDS, RLIMIT_AS=BYTES, RLIMIT_FSIZE=0, RLIMIT_NOFILE=0,
-                  RLIMIT_NPROC=0) # root may start processes all the same, but for the hook
-    for name, most in limits.items():
+    for limit, most in [(resource.RLIMIT_CPU, CPU_SECONDS), (resource.RLIMIT_AS, BYTES),
+                        (resource.RLIMIT_FSIZE, 0), # no file grows
+                        (resource.RLIMIT_NOFILE, 0), # no file and no socket is opened
+                        (resource.RLIMIT_NPROC, 0)]: # no process is started, except by root
         with contextlib.suppress(ValueError): # a stricter limit is set already
-            resource.setrlimit(getattr(resource, name), (most, most))
+            resource.setrlimit(limit, (most, most))
     # Python announces to a hook that it compiles or runs code, imports a module, opens a file or starts a process,
-    # before it does. The process ends there, where a scorer could catch an exception.
+    # before it does. The process ends right there: a scorer could catch an exception, and some do catch all.
     sys.addaudithook(lambda *event: os._exit(1))
 
 

@@ -1,7 +1,8 @@
 """
 A task to start your own from: sort numbers. `python train.py --task=examples/sorting.py` trains it.
 
-Copy this file, change it, and name the copy by --task. All that is here is needed but defaults, question and difficulty.
+Copy this file, change it, and name the copy by --task. A task needs all that is here except defaults, question,
+canonical (for problems that are texts) and difficulty.
 """
 import re
 
@@ -13,16 +14,17 @@ class Sorting(Task):
     # What train.py uses where the command line says nothing else; what is not here has the same default in all tasks.
     defaults = dict(warmup_steps=600, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
-    # Each argument is a setting of train.py, here --max_number=20, and `train.py --help` prints its comment. So each has
-    # a default and a line of its own.
+    # Each argument is a setting of train.py, such as --max_number=20 here. `train.py --help` prints its default and its
+    # comment, so each argument has both, on a line of its own.
     def __init__(self,
                  max_number=20, # numbers are drawn from 1 to this
                  ):
-        if max_number < 1:
-            raise ValueError(f"{max_number=} must be at least 1") # train.py prints this in one line and ends
+        if max_number < 10: # see below
+            raise ValueError(f"{max_number=} must be at least 10") # train.py prints this in one line and ends
         self.max_number = max_number
-        # The vocabulary holds every word of prompts and demonstrations. A number is one token when '10' is among them;
-        # with the digits 0 to 9 alone, numbers are spelt in digits.
+        # The vocabulary has every piece of prompts and demonstrations. Where '10' is in it, each number is one token
+        # and the space between two numbers goes without saying. Otherwise numbers are spelt in digits, and ' ' is
+        # needed.
         self.tokens = TAGS + list('=:\n') + [str(n) for n in range(max_number + 1)]
 
     def problem(self, rng):
@@ -34,22 +36,26 @@ class Sorting(Task):
 
     def question(self, problem):
         """Ask the same in words. Only pretrained weights (--init_from) are asked so."""
-        return in_words(f"Sort the numbers {', '.join(map(str, problem))}, the smallest first.", 'the numbers', '1 2 2 9')
+        numbers = ' '.join(map(str, problem))
+        return in_words(f'Sort the numbers {numbers}, the smallest first.', 'the numbers', '1 2 2 9')
 
     def parse(self, text):
         """Read what a person types to sample.py. Raises ValueError on all that `grade` could not handle."""
         return tuple(map(int, typed('[0-9]+( +[0-9]+)+', text, '7 3 12')[0].split()))
 
     def canonical(self, problem):
-        """Return the same text for all problems that come to the same: about a tenth of these texts is held out."""
+        """Return a text that is equal for problems that come to the same. About a tenth of these texts is held out."""
         return ' '.join(map(str, sorted(problem)))
 
     def difficulty(self, problem):
         return f'{len(problem)} numbers' # accuracy is reported for each such group
 
     def demonstration(self, problem, rng):
-        """Write what the warm-up imitates. Half of them answer at once, half take out the smallest number again and
-        again: '3:7 12' says that 3 is taken out and that 7 and 12 are left. Which of the two pays is for A*PO to say."""
+        """
+        Write what the warm-up imitates. Half of the demonstrations answer at once, half take out the smallest number
+        again and again: '3:7 12' says that 3 is taken out and that 7 and 12 are left. Which of the two pays is left for
+        A*PO to find out.
+        """
         lines, left = [], list(problem)
         for smallest in sorted(problem) if rng.integers(2) else []:
             left.remove(smallest)
