@@ -1,7 +1,8 @@
 """
-The tests: `python -m pytest -q test_all.py`, a few minutes on two CPU cores. With SLOW=1 in front, as in .ci/run, one
-more that takes minutes.
+The tests: `python -m pytest -q test_all.py`, under two minutes on two CPU cores. With SLOW=1 in front, as in .ci/run,
+those too that take longer: killed processes, four ranks, two nodes, transformers, the notebook, reasoning-gym.
 """
+import glob
 import importlib
 import itertools
 import json
@@ -23,37 +24,72 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+import sample
 import train
 from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
-from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, read_config, sample,
-                   save_pretrained)
-from tasks import (END_THINK, EOS, FORMS, TASKS, WRONG, Countdown, CountdownProblem, Multiplication,
-                   MultiplicationProblem, PretrainedTokenizer, ReasoningGym, Tokenizer, evaluate, reachable,
-                   tokenizer_files)
+from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, micro_batches, read_config,
+                   sample_token, token_logprobs, trim)
+from sample import EVAL, TRAIN, held_out_problems, respond
+from tasks import (ANSWER, END_ANSWER, END_THINK, EOS, FORMS, TASKS, THINK, WRONG, Countdown, CountdownProblem,
+                   Multiplication, MultiplicationProblem, PretrainedTokenizer, Task, Tokenizer, evaluate, find_task,
+                   reachable, tokenizer_files)
 
-train.device, train.dtype = 'cpu', 'float32' # what main() settles in a run
 HERE = os.path.dirname(os.path.abspath(__file__))
+sys.path.append(os.path.join(HERE, 'examples'))
+from export import save_pretrained
+
+slow = pytest.mark.skipif('SLOW' not in os.environ, reason="takes longer: SLOW=1 python -m pytest -q test_all.py")
+torch.set_num_threads(1) # as in the processes below, so that results are the same to the bit
+ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': HERE}
 # A model that learns 5 x 5 well enough in a second or two to earn rewards.
 TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--d_ff=128',
         '--warmup_steps=60', '--warmup_batch_size=16', '--batch_size=32', '--num_train_samples=32',
-        '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4',
+        '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4', '--device=cpu',
         '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
+SMALL = ['grid', 'equation', 'sorting'] # of examples/
 
 
-slow = pytest.mark.skipif('SLOW' not in os.environ, reason="takes minutes: SLOW=1 python -m pytest -q test_all.py")
-
-
-def run(*command, ranks=0, **options):
-    """A script of the repo in a process of its own, with torchrun when ranks are given;
-    returns the finished process."""
+def script(*command, ranks=0, **options):
+    """Run a script of the repo in a process of its own, with torchrun when ranks are given."""
     launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=0', '--rdzv_backend=c10d',
                 '--rdzv_endpoint=localhost:0'] if ranks else []
     return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          timeout=600, **options)
+                          timeout=600, **dict(env=ENVIRONMENT) | options)
+
+
+@pytest.fixture
+def main(monkeypatch):
+    """train.py in this process, as a function of its arguments; the signal handlers are put back."""
+    handlers = {number: signal.getsignal(number) for number in (
+        signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
+    def run_main(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, arguments)])
+        train.main()
+    yield run_main
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def started(*arguments):
+    """Return a Run as train.py has it before its first step."""
+    return train.build(*train.configure([str(argument) for argument in arguments]))
 
 
 def metrics(out_dir):
-    return [json.loads(line) for line in open(os.path.join(out_dir, 'metrics.jsonl'))]
+    with open(os.path.join(out_dir, 'metrics.jsonl')) as file:
+        return [json.loads(line) for line in file]
+
+
+def weights(path):
+    return torch.load(path, weights_only=True)
+
+
+def assert_same(a, b):
+    """Two final models are equal to the bit."""
+    a, b = (weights(os.path.join(folder, 'tinyzero_astarpo_final.pt'))['model'] for folder in (a, b))
+    assert a.keys() == b.keys()
+    for name in a:
+        assert torch.equal(a[name], b[name]), name
 
 
 # ---- apo.py ----------------------------------------------------------------------------------------------------------
@@ -73,7 +109,9 @@ def test_optimal_value_obeys_its_identities():
     assert torch.allclose(optimal_value(4 * rewards, 0.3), 4 * optimal_value(rewards, 0.3 / 4))
     assert torch.allclose(optimal_value(rewards, 1e-6), rewards.amax(1), atol=1e-4), \
         "no overflow, and the limit is the best"
-    assert torch.allclose(optimal_value(rewards, 1e6), rewards.mean(1), atol=1e-4)
+    assert torch.allclose(optimal_value(rewards, 1e8), rewards.mean(1), atol=1e-6)
+    for beta1 in (1e-6, 0.03, 0.5, 30.0, 1e3, 1e6, 1e8): # float32 will do
+        assert torch.allclose(optimal_value(rewards.float(), beta1).double(), optimal_value(rewards, beta1), atol=1e-5)
     assert torch.allclose(optimal_value(torch.full((3, 8), 0.7), 0.5), torch.tensor(0.7))
 
 
@@ -181,7 +219,7 @@ def test_cached_greedy_generation_equals_the_full_forward(changes):
     """Unequal prompts, rows that end early and leave the batch:
     the same tokens as one row at a time without a cache."""
     model = small_model(**changes)
-    tokens, mask = generate(model, PROMPTS, 40, temperature=0, eos=1)
+    tokens, mask = generate(model, PROMPTS, 40, temperature=0, ends=[1])
     ended = 0
     for row, marked, prompt in zip(tokens.tolist(), mask.tolist(), PROMPTS):
         expected = list(prompt)
@@ -194,39 +232,53 @@ def test_cached_greedy_generation_equals_the_full_forward(changes):
     assert ended > 0, "no row ended, so dropping rows was not tested"
 
 
+def test_every_end_ends_a_response_and_counts():
+    """Instruct models list several ends of sequence; the first one pads."""
+    model = small_model()
+    one, one_mask = generate(model, PROMPTS[:5], 40, temperature=0, ends=[1])
+    first = [row[marked][0].item() for row, marked in zip(one, one_mask)]
+    tokens, mask = generate(model, PROMPTS[:5], 40, temperature=0, ends=[1, first[2]])
+    assert mask[2].sum() == 1 and tokens[2, len(PROMPTS[2])] == first[2]
+    assert (tokens[2, len(PROMPTS[2]) + 1:] == 1).all()
+
+
 def test_logprobs_of_the_cache_equal_those_of_the_training_forward():
-    model, train.temperature = small_model(), 0.7
-    tokens, mask = generate(model, PROMPTS, 40, temperature=0.7, eos=1, generator=torch.Generator().manual_seed(0))
+    model = small_model()
+    noise = torch.rand(len(PROMPTS), 40, generator=torch.Generator().manual_seed(0))
+    tokens, mask = generate(model, PROMPTS, 40, 0.7, [1], noise)
     cache = KVCache(model.config, len(PROMPTS), tokens.size(1), 'cpu', torch.float32)
     with torch.no_grad():
         steps = [model(tokens[:, t:t + 1], cache) for t in range(tokens.size(1) - 1)]
-        trained, values = train.token_logprobs(model, tokens, mask)
+        trained, values = token_logprobs(model, tokens, mask, temperature=0.7)
     logprobs = (torch.cat([logits for logits, _ in steps], 1) / 0.7).log_softmax(-1).gather(
         2, tokens[:, 1:, None]).squeeze(2)
-    train.temperature = 1.0
     assert torch.allclose(trained[:, 1:], logprobs * mask[:, 1:], atol=1e-5) and (trained[:, 0] == 0).all()
     ends = torch.tensor([len(p) - 1 for p in PROMPTS])
     assert torch.allclose(values, torch.cat([v for _, v in steps], 1)[torch.arange(len(PROMPTS)), ends], atol=1e-5)
 
 
-def test_what_a_row_samples_does_not_depend_on_the_others():
-    model, noise = small_model(), lambda: torch.Generator().manual_seed(5)
-    together, mask = generate(model, PROMPTS, 30, eos=1, generator=noise())
-    never, _ = generate(model, PROMPTS, 30, eos=-1, generator=noise()) # no row ends, so no row is ever dropped
+def test_what_a_row_samples_depends_on_its_own_noise_only():
+    model, noise = small_model(), torch.rand(len(PROMPTS), 30, generator=torch.Generator().manual_seed(5))
+    together, mask = generate(model, PROMPTS, 30, 1.0, [1], noise)
+    never, _ = generate(model, PROMPTS, 30, 1.0, [-1], noise) # no row ends, so no row is ever dropped
+    some, some_mask = generate(model, PROMPTS[3:9], 30, 1.0, [1], noise[3:9])
     for row, other, marked in zip(together, never, mask):
         assert torch.equal(row[marked], other[:len(row)][marked])
+    for i in range(6):
+        assert torch.equal(some[i][some_mask[i]], together[3 + i][mask[3 + i]])
+    assert len({tuple(row.tolist()) for row in together}) > 30, "rows do not share their noise"
 
 
 def test_sampling_follows_the_probabilities():
     logits = torch.tensor([[0.0, 2.0, -1.0, float('-inf'), 1.0]])
     for temperature in (1.0, 0.5):
-        draws = sample(logits.expand(200_000, 5), temperature,
+        draws = sample_token(logits.expand(200_000, 5), temperature,
                        torch.rand(200_000, generator=torch.Generator().manual_seed(0)))
         frequencies = torch.bincount(draws, minlength=5) / 200_000
         assert torch.allclose(frequencies, (logits[0] / temperature).softmax(0), atol=5e-3) and frequencies[3] == 0
-    assert sample(logits, 0, torch.rand(1)).item() == 1
-    assert sample(logits, 1.0, torch.tensor([0.0])).item() == 0 \
-        and sample(logits, 1.0, torch.tensor([1 - 2 ** -24])).item() == 4
+    assert sample_token(logits, 0, torch.rand(1)).item() == 1
+    assert sample_token(logits, 1.0, torch.tensor([0.0])).item() == 0 \
+        and sample_token(logits, 1.0, torch.tensor([1 - 2 ** -24])).item() == 4
 
 
 def test_logits_at_marked_positions_are_those_of_all_positions():
@@ -249,11 +301,57 @@ def test_too_long_a_sequence_is_refused():
         small_model()(torch.zeros(1, 65, dtype=torch.long))
 
 
+def test_a_long_context_costs_no_memory_until_it_is_used():
+    """The table of positions grows with the sequences, and changes nothing of what is computed."""
+    model, long = small_model(max_seq_len=4096), small_model(max_seq_len=1_010_000)
+    assert long.cos_sin.numel() == model.cos_sin.numel() < 2 ** 20
+    tokens = torch.randint(0, 30, (1, 3000))
+    with torch.no_grad():
+        before = model(tokens[:, :20])[0]
+        assert torch.equal(long(tokens)[0], model(tokens)[0]) and model.cos_sin.size(1) >= 3000
+        assert torch.equal(model(tokens[:, :20])[0], before)
+
+
+def test_activation_checkpointing_changes_no_gradient():
+    model, tokens = Transformer(ModelConfig(30, d_model=32, n_layers=2)), torch.randint(30, (3, 20))
+    gradients = []
+    for model.recompute in (False, True):
+        model.zero_grad()
+        saved = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
+            logits, _ = model(tokens)
+        logits.logsumexp(-1).sum().backward()
+        gradients.append((sum(saved), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
+    assert gradients[1][0] < gradients[0][0] / 2, "less is kept"
+    assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1]))
+
+
+def test_micro_batches_hold_every_row_once_and_keep_to_their_size():
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = torch.tensor(rng.integers(1, 400, rng.integers(1, 40))) # some rows alone are longer than 256
+        mask = torch.arange(400) < lengths[:, None]
+        for at_least in (1, len(lengths)):
+            pieces = micro_batches(mask, 256, at_least)
+            assert torch.equal(torch.cat(pieces).sort().values, torch.arange(len(lengths)))
+            assert all(len(rows) == 1 or len(rows) * -(-int(lengths[rows].max()) // 16) * 16 <= 256 for rows in pieces)
+            assert len(pieces) >= at_least and all(len(rows) for rows in pieces)
+    mask = torch.arange(400) < torch.tensor([20] * 8 + [200])[:, None]
+    assert [len(rows) for rows in micro_batches(mask, 256)] == [1, 8], "one long row does not pad the short ones"
+    tokens = torch.arange(9 * 400).view(9, 400)
+    assert trim(tokens[:8], mask[:8])[0].shape == (8, 32) and trim(tokens, mask)[1].shape == (9, 208)
+
+
 # ---- tasks.py --------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize('name', TASKS)
+def example(name):
+    """Return a task of examples/ by its name, or one of tasks.py."""
+    return TASKS[name] if name in TASKS else find_task(f'{HERE}/examples/{name}.py')
+
+
+@pytest.mark.parametrize('name', [*TASKS, *SMALL])
 def test_tokens_go_round_and_demonstrations_have_the_format(name):
-    task, rng = TASKS[name](), np.random.default_rng(0)
+    task, rng = example(name)(), np.random.default_rng(0)
     tokenizer = Tokenizer(task.tokens)
     grades = []
     for _ in range(500):
@@ -262,6 +360,8 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         text = prompt + demonstration + EOS
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode(text) == tokenizer.encode(prompt) + tokenizer.encode(demonstration + EOS)
+        assert prompt.endswith(THINK) and task.question(problem).endswith(f'{END_ANSWER}.')
+        assert len(tokenizer.encode(prompt)) <= task.longest_prompt
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
     low, high = dict(countdown=(0.5, 0.75), grid=(0.5, 0.7)).get(name, (1, 1))
@@ -347,16 +447,20 @@ def test_countdown_is_drawn_as_promised():
     assert abs(np.mean(ranks) - 0.5) < 0.02 and abs(np.std(ranks) - 12 ** -0.5) < 0.02
 
 
-@pytest.mark.parametrize('name', TASKS)
+@pytest.mark.parametrize('name', [*TASKS, *SMALL])
 def test_nothing_of_the_test_split_is_ever_trained_on(name):
     """Both sets at the default settings, by canonical form; the canonical form does not see the order."""
-    task = TASKS[name]()
-    held_out = {task.canonical(p) for p in train.held_out_problems(task, 2000)}
-    assert len(held_out) == (2000 if name not in ('multiplication', 'equation') else len(held_out)) > 400
-    for stream in (train.WARMUP, train.STAGE1, train.TRAIN):
-        assert not held_out & {task.canonical(p) for step in range(10) for p, _ in train.draw(task, stream, step, 300)}
+    task = example(name)()
+    count = 200 if name == 'grid' else 1000 # whose grids take a millisecond each
+    held_out = {task.canonical(p) for p in held_out_problems(task, count)}
+    assert len(held_out) == count or name in ('multiplication', 'equation') and len(held_out) > 400
+    for stream in (sample.WARMUP, sample.STAGE1, TRAIN):
+        drawn = [task.training_problems((1337, stream, step), range(count * 3 // 10)) for step in range(3)]
+        assert not held_out & {task.canonical(problem) for step in drawn for problem, _ in step}
+    again = task.training_problems((1337, TRAIN, 2), range(40, count * 3 // 10)) # as the last of several ranks
+    assert [p for p, _ in again] == [p for p, _ in drawn[2][40:]] != [p for p, _ in drawn[1][40:]]
     rng = np.random.default_rng(1)
-    share = np.mean([task.is_test(problem := task.problem(rng)) for _ in range(5000)])
+    share = np.mean([task.is_test(problem := task.problem(rng)) for _ in range(2000 if name == 'grid' else 5000)])
     assert 0.07 < share < 0.13
     a, b = dict(countdown=(CountdownProblem((3, 5, 7), 22), CountdownProblem((7, 3, 5), 22)),
                 multiplication=(MultiplicationProblem(3, 7), MultiplicationProblem(7, 3))).get(name, (problem, problem))
@@ -368,17 +472,43 @@ def test_nothing_of_the_test_split_is_ever_trained_on(name):
     ('equation', '3x+7=22', ['5', ' 5 '], ['4', '15', '05', 'x=5', '5.0', '10/2', '', '-5']),
     ('equation', '3*x+7=23', [], ['5', '6']), # no whole number
     ('grid', 'S.#../.##../...../.#.#./....G', ['DDRRDDRR', 'DDDDRRRR', 'DUDDDDRRRR'],
-     ['', 'DDDD', 'RRDDDDRR', 'DDRDDRRR', 'UDDDDRRRR', 'DDDDRRRRR', 'DDDDRRRRL', 'ddddrrrr', 'DDDD RRRR', 'LDDDDRR'])])
+     ['', 'DDDD', 'RRDDDDRR', 'DDRDDRRR', 'UDDDDRRRR', 'DDDDRRRRR', 'DDDDRRRRL', 'ddddrrrr', 'DDDD RRRR', 'LDDDDRR',
+      'L' * 7 + 'DDDDRRRR', 'U']),
+    ('sorting', '7 3  12 3', ['3 3 7 12', ' 3  3 7 12 '], ['7 3 12 3', '3 7 12', '3 3 7 12 12', '3 3 7 012', '3,3,7,12',
+                                                           '33 7 12', '', '٣ 3 7 12', '3 3 7 12.0'])])
 def test_the_small_tasks_accept_and_refuse(name, typed, right, wrong):
-    task = TASKS[name]()
+    task = example(name)()
     problem = task.parse(typed)
     for answer in right + wrong:
-        response = f'3{END_THINK}<answer>{answer}</answer>'
-        assert task.grade(problem, response).correct == (answer in right), answer
+        response = f'3{END_THINK}{ANSWER}{answer}{END_ANSWER}'
+        grade = task.grade(problem, response)
+        assert grade == (float(answer in right), answer in right, grade.formatted or answer in right), answer
         assert not task.grade(problem, response.replace(END_THINK, '')).formatted
-    for nonsense in ('', 'hello', '1' * 300, typed + '!', 'S' * 29):
-        with pytest.raises(ValueError):
+    for nonsense in ('', 'hello', '1' * 300, typed + '!', 'S' * 29, '-1 -2'):
+        with pytest.raises(ValueError, match='write it like|no chain'):
             task.parse(nonsense)
+
+
+@pytest.mark.parametrize('name, least', [('equation', 1), ('sorting', 10)])
+def test_number_ranges_of_the_examples(name, least):
+    with pytest.raises(ValueError, match=f'max_number={least - 1} must be at least {least}'):
+        example(name)(max_number=least - 1)
+    task, rng = example(name)(max_number=least), np.random.default_rng(0)
+    tokenizer = Tokenizer(task.tokens)
+    for problem in (task.problem(rng) for _ in range(300)):
+        assert (max(problem) if name == 'sorting' else task.solution(problem)) <= least
+        tokenizer.encode(task.prompt(problem) + task.demonstration(problem, rng) + EOS)
+
+
+def test_demonstrations_of_the_grid_write_where_each_step_leads():
+    task, rng = example('grid')(), np.random.default_rng(0)
+    for problem in (task.problem(rng) for _ in range(200)):
+        rows, thought = problem.split('/'), task.demonstration(problem, rng).partition(END_THINK)[0]
+        for line in thought.splitlines():
+            row, column = divmod(problem.index('S'), 6)
+            for step, *place in zip(*[iter(line)] * 3):
+                row, column = row + (step == 'D') - (step == 'U'), column + (step == 'R') - (step == 'L')
+                assert place == [str(row), str(column)] and rows[row][column] != '#'
 
 
 def test_typed_problems_are_understood_or_refused():
@@ -504,204 +634,69 @@ def test_random_answers_never_raise_and_agree_with_an_independent_check():
     assert accepted > 100
 
 
-# ---- train.py and sample.py ------------------------------------------------------------------------------------------
+# ---- sample.py and the steps of train.py -----------------------------------------------------------------------------
 
-@pytest.fixture
-def settings():
-    """train.py's settings at their defaults, whatever the last test set, and its signal handlers put back."""
-    def reset():
-        vars(train).update(train.SETTINGS, device='cpu', dtype='float32', rank=0, world_size=1, stop_signal=0)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    reset()
-    yield reset
-    reset()
+class Scripted:
+    """A model that writes the tokens it was given, whatever it is asked."""
 
+    def __init__(self, tokens, prompt_length):
+        self.tokens, self.position, self.prompt_length = tokens, 0, prompt_length
+        self.config = ModelConfig(vocab_size=40, d_model=8, n_layers=0)
+        self.embed = types.SimpleNamespace(weight=torch.zeros(1))
 
-def main(reset, *arguments):
-    """train.py in this process."""
-    reset()
-    sys.argv = ['train.py', '--device=cpu', *map(str, arguments)]
-    train.main()
+    def trunk(self, tokens, cache):
+        return tokens[..., None]
+
+    def lm_head(self, x):
+        self.position += 1
+        return F.one_hot(torch.tensor([self.tokens[self.position - 1]]), 40).float()
 
 
-@pytest.mark.parametrize('arguments, words', [
-    (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "unknown setting"),
-    (['--batch_size=many'], "batch_size: invalid int value: 'many'"),
-    (['--fresh_prompts=maybe'], "invalid true_or_false value"), (['--seed'], "--seed: expected one argument"),
-    (['--task=chess'], "countdown, multiplication, chain"),
-    (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
-    (['--init_from=resume'], "nothing to resume"),
-    (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
-    (['--beta1=0'], "--beta1 must be at least 0.03"), (['--temperature=0'], "above 0"),
-    (['--algorithm=ppo'], "choose from 'apo', 'grpo'"), (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
-    (['--partial_credit=1'], "below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
-    (['--seed=-1'], "at least 0"), (['--eval_temperature=nan'], "at least 0"),
-    (['--device=abacus'], "cannot use --device=abacus"), (['--batch_size=0.5'], "invalid int value"),
-    (['--batch_size=0'], "above 0"), (['--warmup_steps=-1'], "at least 0"),
-    ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128")])
-def test_a_users_mistake_gets_one_clear_line(settings, tmp_path, arguments, words):
-    with pytest.raises(SystemExit) as error:
-        main(settings, f'--out_dir={tmp_path}/new', *arguments)
-    assert words in error.value.code and '\n' not in error.value.code
-    assert not os.path.exists(f'{tmp_path}/new')
-
-
-def test_the_command_line_exits_with_one_line_and_help_lists_every_setting():
-    process = run('train.py', '--warmup_steps=1', '--out_dir=/dev/null/run')
-    assert process.returncode == 1 and process.stderr == 'error: /dev/null/run: Not a directory\n'
-    process = run('train.py', '--bach_size', '3')
-    assert process.returncode == 1 and process.stderr.count('\n') == 1 \
-        and 'did you mean --batch_size?' in process.stderr
-    text = run('train.py', '--help').stdout
-    assert all(f'  --{name} ' in text for name in train.SETTINGS)
-    assert 'temperature of V*' in text
+@pytest.mark.parametrize('last, graded', [(EOS, (1, 1, 1, 0)), ('\n', (0, 0, 0, 1))])
+def test_truncated_responses_earn_nothing(last, graded):
+    """Right up to the limit, but without end-of-sequence: one place decides, for stage 1, stage 2 and evaluation."""
+    task = Multiplication()
+    tokenizer = Tokenizer(task.tokens)
+    response = tokenizer.encode(f'</think><answer>12</answer>{last}')
+    model = Scripted(response, 0)
+    batch = respond(model, task, tokenizer, [MultiplicationProblem(3, 4)], (1,), temperature=0,
+                    max_new_tokens=len(response))
+    assert (batch.reward.item(), batch.correct.item(), batch.formatted.item(), batch.truncated.item()) == graded
+    assert batch.length.item() == len(response) == batch.mask.sum() and batch.texts == [
+        '</think><answer>12</answer>' + last.replace(EOS, '')]
 
 
 @pytest.fixture(scope='module')
-def trained(tmp_path_factory):
-    """One tiny run with a checkpoint at every step and all that A*PO offers switched on; its out_dir and arguments."""
-    out = tmp_path_factory.mktemp('runs') / 'whole'
-    arguments = [*TINY, '--max_steps=8', '--checkpoint_interval=2', '--eval_interval=1', '--ref_update_interval=4']
-    process = run('train.py', *arguments, f'--out_dir={out}', '--device=cpu',
-                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert process.returncode == 0, process.stderr
-    assert process.stderr == '', "a default run prints no warning"
-    return str(out), arguments
+def countdown_base():
+    """The warmed-up countdown model in assets/, its task and tokenizer."""
+    path = f'{HERE}/assets/countdown_base.pt'
+    return sample.load(sample.load_checkpoint(path), path, device='cpu')
 
 
-def test_a_run_leaves_what_it_promises(trained):
-    out, _ = trained
-    summary = json.load(open(f'{out}/results_summary.json'))
-    for name in ('task', 'accuracy', 'interval_95', 'accuracy_by_difficulty', 'average_reward', 'accuracy_after_warmup',
-                 'parameters', 'seconds', 'settings', 'versions', 'git_commit', 'tokens_per_second', 'seconds_rollout'):
-        assert name in summary
-    assert summary['settings']['d_model'] == 64 and summary['settings']['n_layers'] == 2
-    assert os.path.getsize(f'{out}/curves.png') > 10_000
-    rows = metrics(out)
-    assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 61))
-    steps = [r for r in rows if r['phase'] == 'apo']
-    assert [r['step'] for r in steps] == list(range(61, 69))
-    assert [r['step'] for r in rows if r['phase'] == 'evaluation'] == [50, *range(60, 69)]
-    for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
-                 'grad_norm', 'seconds_rollout', 'seconds_update'):
-        assert all(math.isfinite(r[name]) for r in steps), name
-    assert abs(steps[0]['kl']) < 1e-4, "the first step is taken from the reference itself"
-    assert any(r['reward'] > 0 for r in steps), "no reward, so this run tests little"
-    assert {'correct', 'response', 'prompt'} <= set(json.loads(open(f'{out}/samples.jsonl').readline()))
+def test_what_is_sampled_does_not_depend_on_who_samples_it(countdown_base):
+    """The noise is that of the row in the whole batch: two ranks, or smaller pieces, sample what one does."""
+    problems = held_out_problems(countdown_base[1], 12)
+    options = dict(max_new_tokens=60, temperature=1.0)
+    whole = respond(*countdown_base, problems, (7, TRAIN, 3), repeat=2, **options)
+    parts = [respond(*countdown_base, problems[:6], (7, TRAIN, 3), repeat=2, rollout_rows=5, **options),
+             respond(*countdown_base, problems[6:], (7, TRAIN, 3), repeat=2, first=12, **options)]
+    assert whole.texts == parts[0].texts + parts[1].texts
+    assert whole.reward.tolist() == parts[0].reward.tolist() + parts[1].reward.tolist()
+    assert whole.problems == [problem for problem in problems for _ in range(2)]
+    assert len(set(whole.texts)) > 12 and whole.texts[::2] != whole.texts[1::2], "every response has its own noise"
+    for key in ((8, TRAIN, 3), (7, EVAL, 3), (7, TRAIN, 4)):
+        assert respond(*countdown_base, problems, key, repeat=2, **options).texts != whole.texts
 
 
-def weights(path):
-    return torch.load(path, weights_only=True)
-
-
-def assert_same(a, b):
-    for x, y in zip(a['model'].items(), b['model'].items()):
-        assert x[0] == y[0] and torch.equal(x[1], y[1]), x[0]
-
-
-@pytest.mark.parametrize('step', [30, 60, 62, 64, 66])
-def test_resume_equals_uninterrupted_to_the_bit(trained, tmp_path, step):
-    """From the warm-up, from behind stage 1, and after a refresh of the reference."""
-    out, arguments = trained
-    os.makedirs(tmp_path / 'part')
-    os.link(f'{out}/checkpoint_step_{step}.pt', tmp_path / 'part' / f'checkpoint_step_{step}.pt')
-    process = run('train.py', f'--out_dir={tmp_path}/part', '--init_from=resume',
-                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
-    assert process.returncode == 0, process.stderr
-    assert_same(weights(f'{out}/tinyzero_astarpo_final.pt'), weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
-
-
-@pytest.mark.parametrize('kills', [3, pytest.param(20, marks=slow)])
-def test_killed_at_any_moment_it_goes_on_and_ends_the_same(trained, tmp_path, kills):
-    """kill -9 after some steps, or in the middle of writing a checkpoint: a half of one is left behind then."""
-    out, arguments = trained
-    rng, command = random.Random(kills), [sys.executable, 'train.py', f'--out_dir={tmp_path}/run', '--device=cpu']
-    arguments, environment = [*arguments, '--checkpoint_interval=1'], {**os.environ, 'OMP_NUM_THREADS': '1'}
-    killed, in_a_save = 0, 0
-    for attempt in range(kills):
-        extra, before = ['--init_from=resume'] if attempt else arguments, len(train.checkpoints(tmp_path / 'run'))
-        process = subprocess.Popen([*command, *extra], cwd=HERE, env=environment, stdout=subprocess.DEVNULL)
-        steps = rng.randrange(1, 4)
-        while process.poll() is None and len(train.checkpoints(tmp_path / 'run')) < before + steps:
-            time.sleep(0.001)
-        while attempt % 2 and process.poll() is None and not list((tmp_path / 'run').glob('*.pt.tmp')):
-            pass
-        time.sleep(0 if attempt % 2 else rng.random() / 20)
-        process.kill()
-        killed += process.wait() == -signal.SIGKILL
-        in_a_save += bool(list((tmp_path / 'run').glob('*.pt.tmp')))
-    assert killed >= 0.7 * kills and in_a_save
-    done = subprocess.run([*command, '--init_from=resume'], cwd=HERE, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert_same(weights(f'{out}/tinyzero_astarpo_final.pt'), weights(tmp_path / 'run' / 'tinyzero_astarpo_final.pt'))
-    strip = lambda rows: [{k: v for k, v in row.items() if 'seconds' not in k} for row in rows]
-    assert strip(metrics(out)) == strip(metrics(tmp_path / 'run')), "every step and evaluation is logged once"
-    assert open(f'{out}/samples.jsonl').read() == open(tmp_path / 'run' / 'samples.jsonl').read()
-
-
-@pytest.mark.parametrize('extra', [
-    ['--algorithm=grpo'], ['--fresh_prompts=False', '--ref_update_interval=3', '--filter_failed=True'],
-    ['--dtype=float16'], ['--dtype=bfloat16']])
-def test_resume_is_exact_for_grpo_stored_values_and_low_precision(settings, tmp_path, extra):
-    arguments = [*TINY, '--checkpoint_interval=2', *extra]
-    torch.set_num_threads(1)
-    main(settings, *arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
-    os.makedirs(tmp_path / 'part')
-    os.link(tmp_path / 'whole' / 'checkpoint_step_64.pt', tmp_path / 'part' / 'checkpoint_step_64.pt')
-    main(settings, '--init_from=resume', f'--out_dir={tmp_path}/part')
-    assert_same(weights(tmp_path / 'whole' / 'tinyzero_astarpo_final.pt'),
-                weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
-
-
-@pytest.mark.parametrize('algorithm', ['apo', 'grpo'])
-def test_a_star_po_raises_the_accuracy(settings, tmp_path, algorithm):
-    """Learning itself: from a warm-up that was cut short, a minute of A*PO (and of GRPO, to compare with)."""
-    main(settings, *TINY, f'--algorithm={algorithm}', '--warmup_steps=70', '--max_steps=120', '--batch_size=64',
-         '--learning_rate=3e-4', f'--out_dir={tmp_path}/run')
-    rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
-    assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
-
-
-def test_without_matplotlib_a_run_says_once_what_is_missing(settings, tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
-    main(settings, *TINY, '--warmup_steps=100', '--eval_interval=1', '--max_steps=0', f'--out_dir={tmp_path}/run')
-    said = capsys.readouterr().out
-    assert said.count('pip install matplotlib') == 1 and 'held-out at step 50' in said
-    assert not os.path.exists(tmp_path / 'run' / 'curves.png')
-
-
-def test_a_gradient_that_is_not_finite_changes_nothing_and_five_end_the_run(settings, tmp_path):
-    train.configure([*TINY, f'--out_dir={tmp_path}'])
-    for train.dtype, patience in (('float32', 5), ('float16', 25)):
-        run = train.build(None)
-        before = {name: p.clone() for name, p in run.model.state_dict().items()}
-        for step in range(patience - 1):
-            run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, math.nan)
-            train.optimizer_step(run)
-            assert run.bad_steps == step + 1 and run.model.norm.weight.grad is None
-        assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
-        assert run.loss_scale == (1 if patience == 5 else 2.0 ** (16 - 24)), "float16 tries smaller ones first"
-        run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, math.inf)
-        with pytest.raises(SystemExit, match=f'not finite in {patience} steps in a row.*learning_rate'):
-            train.optimizer_step(run)
-        run.bad_steps = 3
-        for p in run.model.parameters():
-            p.grad = torch.ones_like(p)
-        train.optimizer_step(run)
-        assert run.bad_steps == 0 and not torch.equal(run.model.norm.weight, before['norm.weight'])
-
-
-def test_the_value_head_does_not_shrink_the_policys_step(settings, tmp_path):
-    """Clipped together, the head's gradient, which is large where beta1 is small, would take its place."""
-    train.configure([*TINY, f'--out_dir={tmp_path}'])
-    run, seen = train.build(None), []
-    run.optimizers = [types.SimpleNamespace(step=lambda: seen.extend(p.grad.norm().item() for p in (
-        run.model.norm.weight, run.model.value_head.weight)))]
-    run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, 0.01)
-    run.model.value_head.weight.grad = torch.full_like(run.model.value_head.weight, 1000.0)
-    norm = train.optimizer_step(run)
-    assert norm == pytest.approx(0.01 * 8) and seen == pytest.approx([norm, train.grad_clip], rel=1e-4) # d_model 64
+def test_evaluation_is_summarized_with_its_interval(countdown_base):
+    rows = [dict(reward=i < 90, correct=i < 90, formatted=1, truncated=0, length=i, difficulty='ab'[i % 2])
+            for i in range(100)]
+    result = sample.summarize(rows)
+    assert result['accuracy'] == 0.9 and result['count'] == 100 and result['by_difficulty'] == dict(a=0.9, b=0.9)
+    assert result['interval_95'] == pytest.approx([0.8256, 0.9448], abs=1e-3), "Wilson's"
+    assert result['length'] == 49.5
+    assert sample.pass_at_k([4, 0, 1], 4, 1) == pytest.approx(5 / 12)
+    assert sample.pass_at_k([4, 0, 1], 4, 2) == pytest.approx((1 + 0 + 0.5) / 3)
 
 
 @pytest.mark.parametrize('shape', [(24, 8), (8, 8), (8, 24)])
@@ -719,285 +714,543 @@ def test_muon_steps_by_an_orthogonal_matrix(shape):
     torch.testing.assert_close(along, along.diag().diag(), atol=1e-4, rtol=0)
 
 
-def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_probabilities(settings, tmp_path):
+def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
+    """Up over 20 steps and down over the last two fifths in the warm-up; linearly to 0 in A*PO; each part its own."""
+    run, seen = started(*TINY, '--warmup_steps=100', '--max_steps=4', f'--out_dir={tmp_path}'), []
+    monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(
+        {group['name']: group['lr'] for optimizer in run.optimizers for group in optimizer.param_groups}) or 1.0)
+    for run.step in (0, 9, 50, 80, 99):
+        train.warm_up_step(run)
+    factors = [1 / 20, 10 / 20, 1, 0.05 + 0.95 * 0.2 / 0.4, 0.05 + 0.95 * 0.01 / 0.4]
+    assert [rates['policy'] / 3e-3 for rates in seen] == pytest.approx(factors)
+    assert [rates['matrices'] / 0.02 for rates in seen] == pytest.approx(factors)
+    run.base = run.reference = train.frozen_copy(run.model)
+    run.optimizers, seen[:] = train.make_optimizers(run.model), []
+    for run.step in (100, 103):
+        train.policy_step(run)
+    assert seen == [pytest.approx(dict(policy=1e-3 * f, value_head=1e-2 * f)) for f in (1, 0.25)]
+
+
+def test_the_head_does_not_shrink_the_policys_step_and_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
+    """Clipped together, the head's gradient, which is large where beta1 is small, would take the policy's place."""
+    run, seen = started(*TINY, f'--out_dir={tmp_path}'), []
+    optimizers = run.optimizers
+    run.optimizers = [types.SimpleNamespace(step=lambda: seen.extend(p.grad.norm().item() for p in (
+        run.model.norm.weight, run.model.value_head.weight)))]
+    run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, 0.01)
+    run.model.value_head.weight.grad = torch.full_like(run.model.value_head.weight, 1000.0)
+    norm = train.optimizer_step(run)
+    assert norm == pytest.approx(0.01 * 8) and seen == pytest.approx([norm, 1.0], rel=1e-4) # d_model 64
+    assert run.model.norm.weight.grad is None
+    before = {name: p.clone() for name, p in run.model.state_dict().items()}
+    run.optimizers = optimizers
+    run.model.norm.weight.grad = torch.full_like(run.model.norm.weight, math.nan)
+    with pytest.raises(SystemExit, match='gradient of step 1 is not finite: lower --learning_rate'):
+        train.optimizer_step(run)
+    assert all(torch.equal(p, before[name]) for name, p in run.model.state_dict().items())
+
+
+def test_float16_scales_the_loss_by_less_until_its_gradient_is_finite(tmp_path):
+    run = started(*TINY, '--dtype=float16', f'--out_dir={tmp_path}')
+    run.scaler.scale(torch.ones(()))
+    assert run.scaler.get_scale() == 2 ** 16
+    before = run.model.norm.weight.clone()
+    for _ in range(3):
+        for p in run.model.parameters():
+            p.grad = torch.full_like(p, math.inf)
+        train.optimizer_step(run)
+    assert run.scaler.get_scale() == 2 ** 13 and torch.equal(run.model.norm.weight, before)
+    train.set_learning_rates(run, 1.0, dict(matrices=0.01))
+    for p in run.model.parameters():
+        p.grad = torch.ones_like(p)
+    assert train.optimizer_step(run) == pytest.approx(math.sqrt(run.model.num_params() - 65) / 2 ** 13, rel=1e-3)
+    assert not torch.equal(run.model.norm.weight, before)
+    run.scaler.scale(torch.ones(()))
+    run.scaler.update(1.0)
+    run.model.norm.weight.grad = torch.full_like(before, math.inf)
+    with pytest.raises(SystemExit, match='not finite'):
+        train.optimizer_step(run)
+
+
+def ready(tmp_path, *arguments):
+    """Return a Run at the beginning of stage 2, from random weights."""
+    run = started(*TINY, f'--out_dir={tmp_path}', *arguments)
+    run.base = run.reference = train.frozen_copy(run.model)
+    run.optimizers = train.make_optimizers(run.model)
+    run.step = train.warmup_steps
+    return run
+
+
+def gradient_of_a_step(run, monkeypatch, batch=None):
+    """Return the gradient of a whole step on a batch of responses, its metrics and the batch."""
+    taken, sampled = [], []
+    rollout = train.rollout
+    def stand_in(*arguments, **options):
+        sampled.append(batch or rollout(*arguments, **options))
+        return sampled[0]
+    with monkeypatch.context() as patch:
+        patch.setattr(train, 'rollout', stand_in)
+        patch.setattr(train, 'optimizer_step', lambda run: taken.append(torch.cat(
+            [p.grad.flatten() / run.scaler.get_scale() for p in run.model.parameters() if p.grad is not None])) or 0.0)
+        metrics = train.policy_step(run)
+    return taken[0], metrics, sampled[0]
+
+
+def rewarded(batch):
+    """Return a batch whose rewards are not all zero, as those of random weights are."""
+    return batch._replace(reward=(torch.arange(len(batch.reward)) % 3 == 0).float())
+
+
+@pytest.mark.parametrize('algorithm', ['apo', 'grpo'])
+def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monkeypatch, algorithm):
+    """However it is cut into micro-batches: computed once more, in one piece and from the formulas."""
+    run = ready(tmp_path, f'--algorithm={algorithm}', '--micro_batch_tokens=200')
+    with torch.no_grad():
+        for p in run.model.parameters(): # away from the reference, so that the pull to it is not 0
+            p.add_(torch.randn_like(p), alpha=0.02)
+        run.model.value_head.bias.fill_(0.4)
+    _, _, batch = gradient_of_a_step(run, monkeypatch)
+    run.model.zero_grad()
+    run.step -= 1
+    ours, metrics, _ = gradient_of_a_step(run, monkeypatch, batch := rewarded(batch))
+    assert len(micro_batches(batch.mask, 200)) > 2
+    run.model.zero_grad()
+    by_token, heads = token_logprobs(run.model, batch.tokens, batch.mask)
+    with torch.no_grad():
+        ref_by_token, _ = token_logprobs(run.reference, batch.tokens, batch.mask)
+    log_ratio = (by_token - ref_by_token).sum(1)
+    if algorithm == 'apo':
+        error = train.beta2 * log_ratio - (batch.reward - heads.detach())
+        exponent = (batch.reward - heads) / train.beta1
+        loss = error.square().mean() / (2 * train.beta2) + (exponent.exp() - exponent - 1).mean()
+    else:
+        groups = batch.reward.view(-1, 4)
+        advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+        loss = -(by_token * advantages[:, None]).sum() / batch.mask.sum()
+    loss.backward()
+    theirs = torch.cat([p.grad.flatten() for p in run.model.parameters() if p.grad is not None])
+    assert theirs.norm() > 0.01 and (ours - theirs).norm() < 1e-4 * theirs.norm()
+    assert metrics['kl'] == pytest.approx(log_ratio.mean().item(), abs=1e-4)
+    assert metrics['reward'] == pytest.approx(batch.reward.mean().item())
+    if algorithm == 'apo':
+        assert metrics['residual'] == pytest.approx(error.mean().item(), abs=1e-4)
+        assert metrics['value'] == pytest.approx(heads.mean().item(), abs=1e-4)
+
+
+def test_grpos_clip_acts_from_the_second_update_on(tmp_path, monkeypatch):
+    """With one update per batch the ratio is 1; later ones leave alone what has moved far enough."""
+    run = ready(tmp_path, '--algorithm=grpo', '--updates_per_batch=3', '--learning_rate=0.05')
+    seen, loss = [], train.grpo_loss
+    monkeypatch.setattr(train, 'grpo_loss', lambda logprobs, old, *rest: seen.append(
+        (logprobs - old).detach().exp()) or loss(logprobs, old, *rest))
+    rollout = train.rollout
+    monkeypatch.setattr(train, 'rollout', lambda *args, **options: rewarded(rollout(*args, **options)))
+    train.policy_step(run)
+    pieces = len(seen) // 3
+    assert all((ratio == 1).all() for ratio in seen[:pieces])
+    assert any(((ratio - 1).abs() > 0.2).any() for ratio in seen[pieces:]) and run.step == 61
+
+
+def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_probabilities(tmp_path, monkeypatch):
     """A*PO's gradients are small, for beta2 is: float16 would lose them without its loss scale."""
-    train.configure([*TINY, f'--out_dir={tmp_path}'])
-    gradients = {}
-    for train.dtype in ('float32', 'bfloat16', 'float16'):
-        run = train.build(None)
-        run.base, run.step = train.frozen_copy(run.model), train.warmup_steps
-        run.reference = run.base
-        problems, _ = train.training_problems(run)
-        batch, seconds = train.rollout(run, problems, train.TRAIN, 1.0)
-        if train.dtype == 'float32':
-            same = batch
-        logprobs, sampler_logprobs = (train.token_logprobs(model, batch['tokens'], batch['mask'])[0].sum(1).detach()
-                                      for model in (run.model, run.sampler))
+    gradients, same = {}, None
+    for dtype in ('float32', 'bfloat16', 'float16'):
+        run = ready(tmp_path, f'--dtype={dtype}')
+        run.scaler.scale(torch.ones(()))
+        run.scaler.update(2.0 ** 10) # where a run's own would be after some steps
+        gradients[dtype], _, batch = gradient_of_a_step(run, monkeypatch, same)
+        same = same or rewarded(batch)
+        if dtype == 'float32':
+            run.model.zero_grad()
+            run.step -= 1
+            gradients[dtype], *_ = gradient_of_a_step(run, monkeypatch, same)
+        logprobs, sampler_logprobs = (token_logprobs(model, batch.tokens, batch.mask, 1.0, dtype)[0].sum(1).detach()
+                                      for model in (run.model, run.rollout_model))
         assert abs((sampler_logprobs - logprobs).mean()) < 0.01, "KL at step 0"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, 'optimizer_step', lambda run: gradients.update({train.dtype: torch.cat(
-                [p.grad.flatten() / run.loss_scale for p in run.model.parameters() if p.grad is not None])}) or 0.0)
-            train.update(run, same, torch.ones(len(problems)), dict(seconds))
-        off = gradients[train.dtype] - gradients['float32']
-        assert off.norm() < 0.05 * gradients['float32'].norm(), train.dtype
+        off = gradients[dtype] - gradients['float32']
+        assert off.norm() < 0.05 * gradients['float32'].norm(), dtype
 
 
 @pytest.mark.parametrize('bias, value', [(5.0, 1), (-5.0, 0)])
-def test_values_of_the_head_stay_within_the_rewards(settings, tmp_path, bias, value):
-    train.configure([*TINY, f'--out_dir={tmp_path}'])
-    run = train.build(None)
-    run.reference = run.base = train.frozen_copy(run.model)
-    run.step = train.warmup_steps
+def test_values_of_the_head_stay_within_the_rewards(tmp_path, bias, value):
+    run = ready(tmp_path)
     torch.nn.init.constant_(run.model.value_head.bias, bias)
-    problems, stored_values = train.training_problems(run)
-    batch, seconds = train.rollout(run, problems, train.TRAIN, 1.0)
-    assert train.update(run, batch, stored_values, seconds)['value'] == value
+    assert train.policy_step(run)['value'] == value
 
 
-def test_metrics_also_go_to_a_tracker_and_a_missing_one_is_named(settings, tmp_path, monkeypatch):
-    logged, arguments = [], [*TINY, '--warmup_steps=2', '--max_steps=0', '--num_eval_samples=8']
-    tracker = types.SimpleNamespace(log=lambda numbers, step: logged.append((step, numbers)))
-    fake = types.SimpleNamespace(init=lambda **options: options['config']['warmup_steps'] == 2 and tracker)
-    monkeypatch.setitem(sys.modules, 'wandb', fake)
-    main(settings, *arguments, '--tracker=wandb', f'--out_dir={tmp_path}/run')
-    assert [step for step, _ in logged] == [1, 2, 2] and 'warm-up/loss' in logged[0][1]
-    assert logged[-1][1]['evaluation/count'] == 3
-    monkeypatch.setitem(sys.modules, 'wandb', None)
-    with pytest.raises(SystemExit, match='--tracker=wandb needs a package that is not installed: pip install wandb'):
-        main(settings, *arguments, '--tracker=wandb', f'--out_dir={tmp_path}/without')
+def test_stored_values_belong_to_their_prompts_and_epochs_are_whole(tmp_path):
+    run = ready(tmp_path, '--fresh_prompts=False', '--batch_size=16', '--max_factor=30')
+    prompts = [p for p, _ in run.task.training_problems((train.seed, sample.STAGE1, 0), range(32))]
+    run.stage1_values = torch.rand(32)
+    epochs = []
+    for run.step in range(60, 64):
+        problems, values = train.stage2_problems(run)
+        assert [run.stage1_values[prompts.index(p)] for p in problems] == values.tolist() or len(set(prompts)) < 32
+        epochs += problems
+    assert sorted(epochs[:32]) == sorted(epochs[32:]) == sorted(prompts) and epochs[:32] != epochs[32:]
 
 
-def test_activation_checkpointing_changes_no_gradient(settings):
-    model, tokens = Transformer(ModelConfig(30, d_model=32, n_layers=2)), torch.randint(30, (3, 20))
-    gradients = []
-    for model.recompute in (False, True):
-        model.zero_grad()
-        saved = []
-        with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.numel()) or x, lambda x: x):
-            logits, _ = model(tokens)
-        logits.logsumexp(-1).sum().backward()
-        gradients.append((sum(saved), [p.grad.clone() for p in model.parameters() if p.grad is not None]))
-    assert gradients[1][0] < gradients[0][0] / 2, "less is kept"
-    assert all(torch.equal(a, b) for a, b in zip(gradients[0][1], gradients[1][1]))
+def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path, monkeypatch):
+    run = ready(tmp_path, '--num_train_samples=64', '--max_factor=30')
+    rollout, easy = train.rollout, []
+    def graded(*arguments, **options): # what is easy is known from the problem: a head can learn that
+        batch = rollout(*arguments, **options)
+        easy[:] = [float(problem.a < 10) for problem in batch.problems]
+        return batch._replace(reward=torch.tensor(easy))
+    monkeypatch.setattr(train, 'rollout', graded)
+    train.estimate_values(run)
+    assert run.stage1_values.tolist() == pytest.approx(easy[::4], abs=1e-6)
+    batch = rollout(run, respond, held_out_problems(run.task, 60), TRAIN, 0, 1.0)
+    _, predicted = token_logprobs(run.model, batch.tokens, batch.mask)
+    truth = torch.tensor([float(problem.a < 10) for problem in batch.problems])
+    assert torch.corrcoef(torch.stack((predicted.detach(), truth)))[0, 1] > 0.5
+    monkeypatch.setattr(train, 'rollout', lambda *a, **o: rollout(*a, **o)._replace(reward=torch.zeros(256)))
+    with pytest.raises(SystemExit, match='every reward of stage 1 is zero.*--warmup_steps.*--max_factor=30'):
+        train.estimate_values(run)
 
 
-def test_micro_batches_hold_every_row_once_and_keep_to_their_size(settings):
-    train.micro_batch_tokens, rng = 256, np.random.default_rng(0)
-    for _ in range(50):
-        lengths = torch.tensor(rng.integers(1, 400, rng.integers(1, 40))) # some rows alone are longer than 256
-        mask = torch.arange(400) < lengths[:, None]
-        pieces = train.micro_batches(mask)
-        assert torch.equal(torch.cat(pieces).sort().values, torch.arange(len(lengths)))
-        assert all(len(rows) == 1 or len(rows) * -(-int(lengths[rows].max()) // 16) * 16 <= 256 for rows in pieces)
-    mask = torch.arange(400) < torch.tensor([20] * 8 + [200])[:, None]
-    assert [len(rows) for rows in train.micro_batches(mask)] == [1, 8], "one long row does not pad the short ones"
+def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
+    healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
+    for sign, advice in [(None, ''), (dict(truncated=0.9), '--max_new_tokens'), (dict(), 'the reward is flat'),
+                         (dict(reward=0.1, base_kl=50.0), 'KL is large'), (dict(reward=0.0), 'is zero.*--max_factor=5'),
+                         (dict(reward=0.1, formatted=0.2), 'keep the format')]:
+        run = started(*TINY, f'--out_dir={tmp_path}')
+        capsys.readouterr()
+        for step in range(60):
+            if sign is None:
+                train.hint(run, healthy | dict(reward=0.3 + step / 100))
+            else:
+                train.hint(run, healthy | (sign if step > 5 or sign.get('reward') == 0 else {}))
+        said = capsys.readouterr().out
+        assert (len(re.findall(advice, said)) == 1) if advice else said == '', "a run that learns gets no advice"
 
 
-def test_two_and_four_ranks_take_the_steps_of_one(trained, tmp_path):
-    """Sharded over processes, with greedy sampling: the same problems, gradients and weights as one process. And what
-    two ranks saved goes on with four."""
-    driver = tmp_path / 'driver.py'
-    driver.write_text("import train\nsampled = train.generate\n"
-                      "train.generate = lambda model, prompts, n, temperature, *rest: "
-                      "sampled(model, prompts, n, 0, *rest)\n"
-                      "if __name__ == '__main__':\n    train.main()\n")
-    environment = {**os.environ, 'PYTHONPATH': HERE, 'OMP_NUM_THREADS': '1'}
-    tiny = [*TINY, '--device=cpu', '--micro_batch_tokens=512', '--checkpoint_interval=5']
-    # Stage 1 would refuse a model as raw as that of the short warm-up, so stage 2 starts from another one.
-    warmup, stage2 = [*tiny, '--warmup_steps=10', '--max_steps=0'], [
-        *tiny, '--warmup_steps=0', '--max_steps=3', '--learning_rate=1e-5', '--value_learning_rate=1e-4',
-        f'--init_from={trained[0]}/tinyzero_astarpo_final.pt']
-    os.makedirs(tmp_path / 'resumed') # by four ranks, from what two saved
-    for name, ranks, arguments in [('warmup1', 1, warmup), ('warmup2', 2, warmup),
-                                   ('resumed', 4, ['--init_from=resume']),
-                                   ('warmup2_offload', 2, [*warmup, '--cpu_offload=True']),
-                                   ('stage1', 1, stage2), ('stage2', 2, stage2), ('stage4', 4, stage2),
-                                   ('stage1_offload', 1, [*stage2, '--cpu_offload=True'])]:
-        process = run(driver, *arguments, f'--out_dir={tmp_path}/{name}', ranks=ranks, env=environment)
-        assert process.returncode == 0, process.stderr
-        if name == 'warmup2':
-            shutil.copy(tmp_path / name / 'checkpoint_step_5.pt', tmp_path / 'resumed')
-    for one, more in [('warmup1', 'warmup2'), ('warmup1', 'resumed'), ('warmup1', 'warmup2_offload'),
-                      ('stage1', 'stage2'), ('stage1', 'stage4'), ('stage1', 'stage1_offload')]:
-        a, b = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in (one, more))
-        # Where a gradient is nearly 0 rounding decides its sign, and AdamW steps as far as elsewhere: not quite all.
-        apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
-        assert (apart > 5e-6).float().mean() < 1e-3 and apart.max() < 1e-4, (one, more)
-        rows = {row['step']: row for row in metrics(tmp_path / one) if row['phase'] != 'evaluation'}
-        for row in [row for row in metrics(tmp_path / more) if row['phase'] != 'evaluation']:
-            for name in ('loss', 'reward', 'kl', 'residual', 'grad_norm', 'length', 'accuracy'):
-                a, b = rows[row['step']].get(name, 0), row.get(name, 0)
-                assert abs(a - b) < 1e-4 + 3e-3 * abs(a), (one, more, row['step'], name)
+# ---- runs ------------------------------------------------------------------------------------------------------------
+
+@pytest.fixture(scope='module')
+def trained(tmp_path_factory):
+    """One tiny run, through torchrun as README starts one, with a checkpoint at every other step and a reference that
+    is refreshed; its out_dir."""
+    out = tmp_path_factory.mktemp('runs') / 'whole'
+    process = script('train.py', *TINY, '--max_steps=8', '--checkpoint_interval=2', '--eval_interval=1',
+                     '--ref_update_interval=4', f'--out_dir={out}', ranks=1)
+    assert process.returncode == 0, process.stderr
+    assert process.stderr == '', "a default run prints no warning"
+    return str(out)
 
 
-@pytest.fixture
-def hosts():
-    """Two hosts, each the words before a command and its variables: network namespaces with a cable between them where
-    this machine allows that, else this machine twice."""
-    names = [f'tinyzero{os.getpid()}{x}' for x in 'ab']
-    ip = lambda *words: subprocess.run(['ip', *words], capture_output=True).returncode == 0
-    separate = shutil.which('ip') and all(ip('netns', 'add', name) for name in names) and ip(
-        'link', 'add', 'cable', 'netns', names[0], 'type', 'veth', 'peer', 'name', 'cable', 'netns', names[1])
-    for i, name in enumerate(names if separate else []):
-        ip('-n', name, 'address', 'add', f'10.99.0.{i + 1}/24', 'dev', 'cable')
-        ip('-n', name, 'link', 'set', 'cable', 'up')
-        ip('-n', name, 'link', 'set', 'lo', 'up')
-    yield [(['ip', 'netns', 'exec', name], '10.99.0.1', dict(GLOO_SOCKET_IFNAME='cable')) for name in names] \
-        if separate else [([], '127.0.0.1', {})] * 2
-    for name in names:
-        ip('netns', 'delete', name) if shutil.which('ip') else None
+def test_a_run_leaves_what_it_promises(trained):
+    summary = json.load(open(f'{trained}/results_summary.json'))
+    for name in ('task', 'accuracy', 'interval_95', 'accuracy_by_difficulty', 'average_reward', 'accuracy_after_warmup',
+                 'parameters', 'seconds', 'settings', 'versions', 'git_commit', 'seconds_rollout'):
+        assert name in summary
+    assert summary['settings']['d_model'] == 64 and summary['settings']['max_factor'] == 5
+    assert os.path.getsize(f'{trained}/curves.png') > 10_000
+    rows = metrics(trained)
+    assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 61))
+    steps = [r for r in rows if r['phase'] == 'apo']
+    assert [r['step'] for r in steps] == list(range(61, 69))
+    assert [r['step'] for r in rows if r['phase'] == 'evaluation'] == [50, *range(60, 69)]
+    for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
+                 'grad_norm', 'seconds_rollout', 'seconds_update'):
+        assert all(math.isfinite(r[name]) for r in steps), name
+    assert abs(steps[0]['kl']) < 1e-4, "the first step is taken from the reference itself"
+    assert abs(steps[4]['kl']) < 1e-4 < abs(steps[4]['base_kl']), "the reference was refreshed, the base was not"
+    assert any(r['reward'] > 0 for r in steps), "no reward, so this run tests little"
+    assert {'correct', 'response', 'prompt'} <= set(json.loads(open(f'{trained}/samples.jsonl').readline()))
+    assert not glob.glob(f'{trained}/*.tmp')
 
 
-def test_two_nodes_take_the_steps_of_one(hosts, tmp_path):
+def logged(out_dir):
+    """What a run logged, but for the time it took."""
+    return [{key: value for key, value in row.items() if 'seconds' not in key} for row in metrics(out_dir)]
+
+
+def resumed_from(trained, step, folder):
+    """Put a checkpoint of a run, and the logs as they were after more steps, into a new folder."""
+    os.makedirs(folder)
+    for name in (f'checkpoint_step_{step}.pt', 'metrics.jsonl', 'samples.jsonl'):
+        shutil.copy(f'{trained}/{name}', folder)
+    return folder
+
+
+@pytest.mark.parametrize('step', [30, 62, *(pytest.param(step, marks=slow) for step in (60, 64, 66))])
+def test_resume_equals_uninterrupted_to_the_bit(main, trained, tmp_path, step):
+    """From the warm-up, from behind stage 1, and (slow) after a refresh of the reference. Every step and evaluation is
+    logged once."""
+    out = resumed_from(trained, step, tmp_path / 'part')
+    (out / 'checkpoint_step_99.pt.tmp').write_text('of a process that was killed while it saved')
+    main(f'--out_dir={out}', '--init_from=resume')
+    assert_same(trained, out)
+    assert logged(trained) == logged(out)
+    assert open(f'{trained}/samples.jsonl').read() == open(f'{out}/samples.jsonl').read()
+    assert not glob.glob(f'{out}/*.tmp')
+
+
+@pytest.mark.parametrize('extra', [
+    ['--algorithm=grpo', '--updates_per_batch=2'], ['--fresh_prompts=False', '--ref_update_interval=3'],
+    pytest.param(['--dtype=float16'], marks=slow), pytest.param(['--dtype=bfloat16'], marks=slow)])
+def test_resume_is_exact_for_grpo_stored_values_and_low_precision(main, tmp_path, extra):
+    arguments = [*TINY, '--checkpoint_interval=2', '--eval_interval=50', *extra]
+    main(*arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
+    main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'whole', 64, tmp_path / 'part')}")
+    assert_same(tmp_path / 'whole', tmp_path / 'part')
+
+
+def test_resume_is_exact_with_an_optimizer_whose_state_holds_a_number(main, tmp_path, monkeypatch):
+    class Counting(torch.optim.AdamW):
+        def step(self, closure=None):
+            super().step(closure)
+            for p in self.param_groups[0]['params']:
+                self.state[p]['taken'] = self.state[p].get('taken', 0) + 1 # a plain number
+                p.data.mul_(1 - 1e-4 * self.state[p]['taken'])
+    monkeypatch.setattr(torch.optim, 'AdamW', Counting)
+    main(*TINY, '--checkpoint_interval=5', '--warmup_steps=10', '--max_steps=0', f'--out_dir={tmp_path}/whole')
+    main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'whole', 5, tmp_path / 'part')}")
+    assert_same(tmp_path / 'whole', tmp_path / 'part')
+
+
+@pytest.mark.parametrize('algorithm', ['apo', pytest.param('grpo', marks=slow)])
+def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
+    """Learning itself: from a warm-up that was cut short, some steps of A*PO (and of GRPO, to compare with)."""
+    main(*TINY, f'--algorithm={algorithm}', '--warmup_steps=70', '--max_steps=80', '--batch_size=64',
+         '--learning_rate=5e-4', '--eval_interval=100', f'--out_dir={tmp_path}/run')
+    rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
+    assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1
+
+
+@pytest.mark.parametrize('ranks, extra', [
+    (2, []), pytest.param(4, [], marks=slow), pytest.param(2, ['--cpu_offload=True'], marks=slow),
+    pytest.param(2, ['--algorithm=grpo'], marks=slow), pytest.param(1, ['--cpu_offload=True'], marks=slow)])
+def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
+    """Sharded over processes: the same problems, the same sampled responses, gradients and weights as one process."""
+    arguments = [*TINY, '--micro_batch_tokens=512', '--warmup_steps=4', '--warmup_batch_size=16', '--max_steps=2',
+                 '--learning_rate=1e-5', '--value_learning_rate=1e-4', '--max_factor=5', *extra,
+                 f'--init_from={trained}/tinyzero_astarpo_final.pt']
+    assert script('train.py', *arguments, f'--out_dir={tmp_path}/one').returncode == 0
+    process = script('train.py', *arguments, f'--out_dir={tmp_path}/more', ranks=ranks)
+    assert process.returncode == 0, process.stderr
+    a, b = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in ('one', 'more'))
+    # Where a gradient is nearly 0 rounding decides its sign, and AdamW steps as far as elsewhere: not quite all.
+    apart = torch.cat([(a[name] - b[name]).abs().flatten() for name in a])
+    assert (apart > 5e-6).float().mean() < 1e-3 and apart.max() < 1e-3
+    rows, more = logged(tmp_path / 'one'), logged(tmp_path / 'more')
+    for row, other in zip(rows, more, strict=True):
+        for name, value in row.items():
+            if isinstance(value, float):
+                assert abs(value - other[name]) < 1e-4 + 5e-3 * abs(value), (row['phase'], row['step'], name)
+    one, two = (open(tmp_path / name / 'samples.jsonl').read() for name in ('one', 'more'))
+    assert one == two, "with sampling noise, too"
+
+
+@slow
+def test_runs_on_two_ranks_resume_on_one(trained, tmp_path):
+    arguments = [*TINY, '--warmup_steps=8', '--max_steps=0', '--checkpoint_interval=4']
+    process = script('train.py', *arguments, f'--out_dir={tmp_path}/whole', ranks=2)
+    assert process.returncode == 0, process.stderr
+    resumed_from(tmp_path / 'whole', 4, tmp_path / 'part')
+    process = script('train.py', '--init_from=resume', f'--out_dir={tmp_path}/part')
+    assert process.returncode == 0, process.stderr
+    a, b = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in ('whole', 'part'))
+    assert all(torch.allclose(a[name], b[name], atol=1e-5) for name in a)
+
+
+@slow
+def test_two_nodes_take_the_steps_of_one(tmp_path):
     """Two launchers that meet, as the README says for several nodes."""
     with socket.socket() as free:
         free.bind(('127.0.0.1', 0))
         port = free.getsockname()[1]
-    arguments = [*TINY, '--warmup_steps=5', '--max_steps=0', '--num_eval_samples=8', '--device=cpu']
-    nodes = [subprocess.Popen([*host, sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
-                               f'--node_rank={i}', f'--master_addr={address}', f'--master_port={port}',
-                               'train.py', *arguments, f'--out_dir={tmp_path}/two'], cwd=HERE,
-                              env={**os.environ, **variables, 'OMP_NUM_THREADS': '1'}, stdout=subprocess.PIPE,
-                              stderr=subprocess.PIPE, text=True) for i, (host, address, variables) in enumerate(hosts)]
+    arguments = [*TINY, '--warmup_steps=5', '--max_steps=0', '--num_eval_samples=8']
+    nodes = [subprocess.Popen([sys.executable, '-m', 'torch.distributed.run', '--nnodes=2', '--nproc_per_node=1',
+                               f'--node_rank={i}', '--master_addr=127.0.0.1', f'--master_port={port}', 'train.py',
+                               *arguments, f'--out_dir={tmp_path}/two'], cwd=HERE, env=ENVIRONMENT,
+                              stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for i in range(2)]
     said = [node.communicate(timeout=300) for node in nodes]
     assert [node.returncode for node in nodes] == [0, 0], said
     assert 'warm-up 5/5' in said[0][0] and said[1][0] == '', "rank 0 alone speaks"
-    assert run('train.py', *arguments, f'--out_dir={tmp_path}/one').returncode == 0
+    assert script('train.py', *arguments, f'--out_dir={tmp_path}/one').returncode == 0
     one, two = (weights(tmp_path / name / 'tinyzero_astarpo_final.pt')['model'] for name in ('one', 'two'))
     assert all(torch.allclose(one[name], two[name], atol=2e-5) for name in one)
 
 
-def test_a_second_run_does_not_overwrite_the_first(settings, trained):
-    out, arguments = trained
-    with pytest.raises(SystemExit, match='already holds a run.*resume'):
-        main(settings, *arguments, f'--out_dir={out}')
+# ---- what users do wrong, and what machines do to them ---------------------------------------------------------------
+
+@pytest.mark.parametrize('arguments, words', [
+    (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "no setting: write --name=value"),
+    (['--batch_size=many'], "--batch_size must be of type int, not 'many'"),
+    (['--fresh_prompts=maybe'], "must be true or false"), (['--seed'], "--seed must be of type int, not ''"),
+    (['--task=chess'], "countdown, multiplication, chain"), (['--task=chess.py'], "no file chess.py"),
+    (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
+    (['--init_from=resume'], "nothing to resume"),
+    (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
+    (['--beta1=0'], "--beta1 must be at least 0.03"), (['--temperature=0'], "above 0"),
+    (['--algorithm=ppo'], "must be apo or grpo"), (['--dtype=int8'], "must be float32 or"),
+    (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
+    (['--algorithm=grpo', '--num_responses_per_prompt=1'], "at least 2"),
+    (['--partial_credit=1'], "partial_credit=1.0 below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
+    (['--max_number=0'], "at least 1"), (['--task=multiplication', '--max_factor=2'], "too few problems"),
+    (['--task=multiplication', '--max_numbers=3'], "--task=multiplication takes --max_factor)"),
+    ([f'--task={HERE}/examples/grid.py', '--max_numbers=3'], "takes none of its own"),
+    (['--seed=-1'], "at least 0"), (['--eval_temperature=nan'], "at least 0"),
+    (['--device=abacus'], "cannot use --device=abacus"), (['--batch_size=0.5'], "of type int"),
+    (['--batch_size=0'], "above 0"), (['--warmup_steps=-1'], "at least 0"),
+    ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128"),
+    ([f'--init_from={HERE}/assets/countdown_base.pt', '--task=multiplication'], "is not that of the task"),
+    ([f'--init_from={HERE}/README.md'], "README.md as a checkpoint of this program: File is not a zip file")])
+def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
+    with pytest.raises(SystemExit) as error:
+        main(f'--out_dir={tmp_path}/new', *arguments)
+    assert words in error.value.code and '\n' not in error.value.code
+    assert not os.path.exists(f'{tmp_path}/new')
 
 
-def test_damaged_and_foreign_checkpoints_are_refused(settings, trained, tmp_path):
-    out, arguments = trained
-    whole = open(f'{out}/tinyzero_astarpo_final.pt', 'rb').read()
-    def damaged(start, end):
-        return whole[:start] + bytes(byte ^ 0xff for byte in whole[start:end]) + whole[end:]
-    cuts = [len(whole) * i // 200 for i in range(201)]
-    for content in [b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1000:], b'\0' * 5000,
-                    *map(damaged, cuts, cuts[1:]), *(damaged(i, i + 1) for i in range(len(whole) - 400, len(whole)))]:
-        (tmp_path / 'bad.pt').write_bytes(content)
-        try:
-            assert_same(train.load_checkpoint(str(tmp_path / 'bad.pt')),
-                        weights(f'{out}/tinyzero_astarpo_final.pt')) # harmless, or refused
-        except SystemExit as error:
-            assert 'bad.pt' in error.code and '\n' not in error.code
-    with pytest.MonkeyPatch.context() as patch, \
-            pytest.raises(SystemExit, match='cannot use .*bad.pt as a checkpoint.*not yours'):
-        patch.setattr(train.zipfile, 'ZipFile', lambda path: (_ for _ in ()).throw(PermissionError(13, 'not yours')))
-        train.load_checkpoint(str(tmp_path / 'bad.pt'))
-    torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
-    with pytest.raises(SystemExit, match='foreign.pt as a checkpoint of this program: it does not say'):
-        main(settings, f'--init_from={tmp_path}/foreign.pt', f'--out_dir={tmp_path}/new')
-    with pytest.raises(SystemExit, match='does not fit --task=countdown'):
-        main(settings, f'--init_from={out}/tinyzero_astarpo_final.pt', '--task=countdown', f'--out_dir={tmp_path}/new')
+@pytest.mark.parametrize('variables, words', [
+    (dict(WORLD_SIZE='2'), 'start with torchrun'), (dict(RANK='', WORLD_SIZE='2'), 'start with torchrun'),
+    (dict(RANK='1'), 'start with torchrun'), (dict(RANK='two', WORLD_SIZE='4'), "invalid literal"),
+    (dict(RANK='', WORLD_SIZE='', LOCAL_RANK='', LOCAL_WORLD_SIZE=''), None)])
+def test_cluster_variables_that_are_half_set_get_one_line(monkeypatch, variables, words):
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    if words is None:
+        train.read_cluster()
+        assert (train.rank, train.world_size) == (0, 1), "empty is absent"
+    else:
+        with pytest.raises(SystemExit, match=words):
+            train.read_cluster()
+    for name in variables:
+        monkeypatch.delenv(name)
+    train.read_cluster()
 
 
-def test_resuming_passes_over_a_damaged_checkpoint_and_old_ones_go(settings, trained, tmp_path, capsys):
-    for step in (62, 64, 66):
-        shutil.copy(f'{trained[0]}/checkpoint_step_{step}.pt', tmp_path)
-    (tmp_path / 'checkpoint_step_66.pt').write_bytes(b'half a check')
-    main(settings, '--init_from=resume', f'--out_dir={tmp_path}', '--keep_checkpoints=2')
-    said = capsys.readouterr().out
-    assert 'cannot use' in said and 'checkpoint_step_66.pt as a checkpoint' in said and 'passing over it' in said \
-        and 'resuming at step 64' in said
-    assert sorted(path.name for path in tmp_path.glob('checkpoint*')) == ['checkpoint_step_67.pt',
-                                                                          'checkpoint_step_68.pt']
-    assert_same(weights(tmp_path / 'tinyzero_astarpo_final.pt'), weights(f'{trained[0]}/tinyzero_astarpo_final.pt'))
-    for path in tmp_path.glob('checkpoint*'):
-        path.write_bytes(b'')
-    with pytest.raises(SystemExit, match='cannot use .*checkpoint_step_67.pt as a checkpoint'):
-        main(settings, '--init_from=resume', f'--out_dir={tmp_path}')
+def test_help_lists_every_setting_and_those_of_the_tasks(capsys):
+    for arguments, words in ((['--help'], []),
+                             (['-h', '--task=examples/sorting.py'], ['# Sorting', 'max_number = 20'])):
+        with pytest.raises(SystemExit) as error:
+            train.configure(arguments)
+        said = capsys.readouterr().out
+        assert not error.value.code
+        for name in [*train.SETTINGS, 'max_numbers', 'max_factor']:
+            assert re.search(f'^{name} = .+ # .+$', said, re.M), name
+        assert 'temperature of V*' in said and all(word in said for word in words)
 
 
-def test_out_of_memory_names_the_settings_to_lower(tmp_path):
-    driver = tmp_path / 'driver.py'
-    driver.write_text("import runpy, sys, torch\nsys.argv[0] = 'train.py'\n"
-                      "torch.nn.utils.clip_grad_norm_ = lambda *_: torch.empty(2 ** 60)\n"
-                      "runpy.run_path('train.py', run_name='__main__')\n")
-    process = run(driver, *TINY, '--warmup_steps=1', f'--out_dir={tmp_path}/run', '--device=cpu',
-                  env={**os.environ, 'PYTHONPATH': HERE})
-    assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
-    assert re.match('error: rank 0 is out of memory: lower --micro_batch_tokens=2048, --rollout_rows', process.stderr)
+def test_settings_come_from_the_block_the_task_the_checkpoint_and_the_command_line(tmp_path):
+    settings, _ = train.configure(['--device=cpu', f'--out_dir={tmp_path}'])
+    assert {name: settings[name] for name in train.SETTINGS} == train.SETTINGS | dict(
+        out_dir=str(tmp_path), device='cpu', dtype='float32'), "the block has what the default run uses"
+    settings, _ = train.configure(['--device=cpu', '--task=multiplication', '--max_steps', '7'])
+    assert (settings['max_new_tokens'], settings['warmup_steps'], settings['max_steps']) == (96, 4000, 7)
+    assert train.max_steps == 7 and train.max_new_tokens == 96
+    settings, _ = train.configure(['--device=cpu', f'--out_dir={tmp_path}', '--beta1=0.7', '--max_target=50',
+                                   f'--init_from={HERE}/assets/countdown_base.pt'])
+    assert (settings['warmup_steps'], settings['max_target'], settings['max_number']) == (0, 50, 20)
+    settings, _ = train.configure(['--device=cpu', '--task=examples/grid.py', '--init_from=scratch'])
+    assert settings['out_dir'] == 'out/grid' and settings['max_new_tokens'] == 192
 
 
-def test_where_memory_runs_out_a_step_is_taken_in_smaller_pieces(settings, tmp_path, monkeypatch, capsys):
-    clip, norms = torch.nn.utils.clip_grad_norm_, []
-    monkeypatch.setattr(torch.nn.utils, 'clip_grad_norm_', lambda *args: norms.append(clip(*args).item()) or
-                        torch.tensor(norms[-1]))
-    main(settings, *TINY, '--max_steps=2', f'--out_dir={tmp_path}/whole')
-    scored, sampled, large = train.token_logprobs, train.generate, itertools.count()
-
-    def small_score(model, tokens, mask):
-        if tokens.numel() > 100 and next(large): # the first one passes and leaves its gradient
-            raise torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB')
-        return scored(model, tokens, mask)
-
-    def small_sample(model, prompts, *options):
-        if len(prompts) > 40:
-            raise RuntimeError('MPS backend out of memory')
-        return sampled(model, prompts, *options)
-
-    monkeypatch.setattr(train, 'token_logprobs', small_score)
-    monkeypatch.setattr(train, 'generate', small_sample)
-    main(settings, *TINY, '--max_steps=2', '--micro_batch_tokens=200', f'--out_dir={tmp_path}/pieces')
-    assert 'going on with --micro_batch_tokens=100' in (said := capsys.readouterr().out) and '--rollout_rows=32' in said
-    kept = torch.load(tmp_path / 'pieces/checkpoint_step_62.pt')['settings']
-    assert kept['micro_batch_tokens'] == 100 and kept['rollout_rows'] == 32
-    whole, pieces = norms[:4], norms[len(norms) // 2:][:4]
-    assert pieces == pytest.approx(whole, rel=1e-3), "no gradient is lost or counted twice"
+def test_a_home_folder_is_found(monkeypatch, tmp_path):
+    monkeypatch.setenv('HOME', str(tmp_path))
+    shutil.copy(f'{HERE}/examples/sorting.py', tmp_path)
+    settings, _ = train.configure(['--out_dir=~/runs', '--task=~/sorting.py', '--device=cpu'])
+    assert settings['out_dir'] == f'{tmp_path}/runs' and settings['task'] == f'{tmp_path}/sorting.py'
+    shutil.copy(f'{HERE}/assets/countdown_base.pt', tmp_path / 'base.pt')
+    assert train.configure(['--init_from=~/base.pt', '--out_dir=~/more', '--device=cpu'])[1]['step'] > 0
+    assert sample.find_checkpoint('~/base.pt') == f'{tmp_path}/base.pt'
 
 
-def test_a_hint_says_once_why_the_reward_is_flat(settings, capsys):
-    healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
-    run = train.Run(None, None, None, None)
-    for run.step in range(train.warmup_steps + 1, train.warmup_steps + 61):
-        train.hint(run, healthy | dict(reward=0.3 + run.step / 100))
-    assert capsys.readouterr().out == '', "a run that learns gets no advice"
-    for sign, advice in [(dict(truncated=0.9), '--max_new_tokens'), (dict(reward=0.1, base_kl=50.0), 'KL is large'),
-                         (dict(reward=0.1, formatted=0.2), 'keep the format'), (dict(), 'the reward is flat')]:
-        run = train.Run(None, None, None, None)
-        for run.step in range(train.warmup_steps + 1, train.warmup_steps + 61):
-            step = run.step - train.warmup_steps - 1
-            train.hint(run, healthy | (sign if step > 5 else {}))
-        assert sum(advice in line for line in capsys.readouterr().out.splitlines()) == 1
+def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, tmp_path):
+    with pytest.raises(SystemExit, match='already holds a run: use --init_from=resume'):
+        main(*TINY, f'--out_dir={trained}')
+    (tmp_path / 'metrics.jsonl').write_text('{}\n')
+    with pytest.raises(SystemExit, match='ended before it saved anything: delete it, or use another --out_dir'):
+        main(*TINY, f'--out_dir={tmp_path}')
+    with pytest.raises(SystemExit, match='nothing to resume.*start without --init_from=resume, and delete the folder'):
+        main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
 
 
-def test_a_pickle_that_would_run_code_is_refused(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / 'owned'),)
-    torch.save(dict(format=train.FORMAT, model=Evil()), tmp_path / 'evil.pt')
-    with pytest.raises(SystemExit, match='Weights only load failed'):
-        train.load_checkpoint(str(tmp_path / 'evil.pt'))
-    assert not os.path.exists(tmp_path / 'owned')
+def test_two_processes_do_not_write_into_one_folder(main, tmp_path):
+    arguments = [*TINY, '--warmup_steps=100000', f'--out_dir={tmp_path}/run']
+    process = subprocess.Popen([sys.executable, 'train.py', *arguments], cwd=HERE, env=ENVIRONMENT, text=True,
+                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    wait_for(process, f'{tmp_path}/run/metrics.jsonl')
+    with pytest.raises(SystemExit, match='holds a run'):
+        main(*TINY, f'--out_dir={tmp_path}/run')
+    train.configure([*TINY, f'--out_dir={tmp_path}/other'])
+    with pytest.raises(SystemExit, match='another process is writing into .*run'):
+        train.claim(f'{tmp_path}/run') # as one that started at the same moment
+    assert process.poll() is None, "the first is untouched"
+    process.kill()
+    process.wait()
+    shutil.rmtree(tmp_path / 'run')
+    train.claim(f'{tmp_path}/run').close() # the lock ended with the process
 
 
-def test_a_signal_finishes_the_step_and_saves(tmp_path):
-    process = subprocess.Popen([sys.executable, 'train.py', *TINY, '--warmup_steps=100000',
-                                f'--out_dir={tmp_path}/run', '--device=cpu'], cwd=HERE,
-                               stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
-    while not os.path.exists(tmp_path / 'run' / 'metrics.jsonl'):
-        assert process.poll() is None
-        time.sleep(0.1)
-    process.send_signal(signal.SIGTERM)
+def wait_for(process, path):
+    """Wait until a process has written a file."""
+    while not os.path.exists(path):
+        assert process.poll() is None, process.stderr.read()
+        time.sleep(0.02)
+
+
+@pytest.mark.parametrize('number, arguments, file', [
+    (signal.SIGHUP, ['--warmup_steps=100000'], 'metrics.jsonl'), # in the warm-up
+    # In a stage 1 of minutes, which starts when the evaluation after the warm-up has been logged.
+    (signal.SIGUSR1, ['--warmup_steps=60', '--num_train_samples=65536', '--max_steps=9'], 'samples.jsonl'),
+    pytest.param(signal.SIGTERM, ['--warmup_steps=60', '--batch_size=262144', '--max_steps=9'], 'checkpoint_step_60.pt',
+                 marks=slow), # in a rollout
+    pytest.param(signal.SIGINT, ['--warmup_steps=60', '--num_responses_per_prompt=2', '--num_eval_samples=1000000',
+                                 '--max_factor=2000'], 'metrics.jsonl', marks=slow)])
+def test_a_signal_saves_what_is_finished_and_leaves_in_seconds(tmp_path, number, arguments, file):
+    process = subprocess.Popen([sys.executable, 'train.py', *TINY, *arguments, f'--out_dir={tmp_path}/run'], cwd=HERE,
+                               env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(process, f'{tmp_path}/run/{file}')
+    time.sleep(0.5)
+    process.send_signal(number)
+    sent = time.time()
     _, message = process.communicate(timeout=60)
+    assert time.time() - sent < 5
     step = int(re.fullmatch(r'error: stopped by a signal at step (\d+); '
                             r'continue with --init_from=resume --out_dir=\S+\n', message)[1])
     assert process.returncode == 1 and weights(tmp_path / 'run' / f'checkpoint_step_{step}.pt')['step'] == step
+    assert step == max(row['step'] for row in metrics(tmp_path / 'run'))
 
 
+def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main, trained, tmp_path, monkeypatch):
+    """In the evaluations in and after the warm-up, in stage 1, in a rollout, and at the end."""
+    watch, tokens, interrupted = train.watch_signals, itertools.count(), []
+    def watch_and_interrupt(sampled):
+        if next(tokens) in (5, 40, 75, 100, 340):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        watch(sampled)
+    monkeypatch.setattr(train, 'watch_signals', watch_and_interrupt)
+    arguments = [*TINY, '--max_steps=8', '--checkpoint_interval=2', '--eval_interval=1', '--ref_update_interval=4']
+    while not os.path.exists(tmp_path / 'run' / 'results_summary.json'):
+        try:
+            main(*(['--init_from=resume'] if interrupted else arguments), f'--out_dir={tmp_path}/run')
+        except SystemExit as error:
+            interrupted.append(int(re.search(r'stopped by a signal at step (\d+)', error.code)[1]))
+    assert len(interrupted) == 5 and interrupted[:3] == [50, 60, 60] and 60 < interrupted[-1], interrupted
+    assert_same(trained, tmp_path / 'run')
+    assert logged(trained) == logged(tmp_path / 'run')
+
+
+def test_ignored_signals_stay_ignored(main, monkeypatch):
+    """As nohup ignores the one of a terminal that closes."""
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    train.catch_signals()
+    assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
+    main_handler = signal.getsignal(signal.SIGTERM)
+    assert callable(main_handler)
+
+
+@slow
 def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     driver = tmp_path / 'driver.py'
     driver.write_text("import time, train\ntrain.warm_up_step = lambda run: (print('in a step', flush=True), "
                       "time.sleep(60))\ntrain.main()\n")
-    process = subprocess.Popen([sys.executable, driver, *TINY, f'--out_dir={tmp_path}/run', '--device=cpu'], cwd=HERE,
-                               env={**os.environ, 'PYTHONPATH': HERE}, stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, driver, *TINY, f'--out_dir={tmp_path}/run'], cwd=HERE, env=ENVIRONMENT,
+                               stdout=subprocess.PIPE, text=True)
     while 'in a step' not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -1007,106 +1260,233 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     assert process.wait(timeout=20) == -signal.SIGINT
 
 
+@slow
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path, number):
+    launcher = subprocess.Popen(
+        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', 'train.py', *TINY,
+         '--warmup_steps=100000', f'--out_dir={tmp_path}/run'], cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE, text=True)
+    wait_for(launcher, f'{tmp_path}/run/metrics.jsonl')
+    time.sleep(1)
+    launcher.send_signal(number)
+    launcher.communicate(timeout=60)
+    assert train.checkpoints(tmp_path / 'run')
+
+
+@slow
+def test_killed_at_any_moment_it_goes_on_and_ends_the_same(trained, tmp_path):
+    """kill -9 after some steps, or in the middle of writing a checkpoint: a half of one is left behind then."""
+    arguments = [*TINY, '--max_steps=8', '--eval_interval=1', '--ref_update_interval=4', '--checkpoint_interval=1']
+    rng, kills, command = random.Random(20), 20, [sys.executable, 'train.py', f'--out_dir={tmp_path}/run']
+    killed, in_a_save = 0, 0
+    for attempt in range(kills):
+        extra, before = ['--init_from=resume'] if attempt else arguments, len(train.checkpoints(tmp_path / 'run'))
+        process = subprocess.Popen([*command, *extra], cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+        steps = rng.randrange(1, 4)
+        while process.poll() is None and len(train.checkpoints(tmp_path / 'run')) < before + steps:
+            time.sleep(0.001)
+        while attempt % 2 and process.poll() is None and not list((tmp_path / 'run').glob('*.pt.tmp')):
+            pass
+        time.sleep(0 if attempt % 2 else rng.random() / 20)
+        process.kill()
+        killed += process.wait() == -signal.SIGKILL
+        in_a_save += bool(list((tmp_path / 'run').glob('*.pt.tmp')))
+    assert killed >= 0.7 * kills and in_a_save
+    done = subprocess.run([*command, '--init_from=resume'], cwd=HERE, env=ENVIRONMENT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert_same(trained, tmp_path / 'run')
+    assert logged(trained) == logged(tmp_path / 'run'), "every step and evaluation is logged once"
+    assert open(f'{trained}/samples.jsonl').read() == open(tmp_path / 'run' / 'samples.jsonl').read()
+
+
+@slow
 def test_a_full_disk_gets_one_line_and_leaves_the_last_checkpoint_whole(trained, tmp_path):
     resource = pytest.importorskip('resource', reason="needs limits as Unix has them")
-    shutil.copy(f'{trained[0]}/checkpoint_step_62.pt', tmp_path)
+    shutil.copy(f'{trained}/checkpoint_step_62.pt', tmp_path)
     limit = os.path.getsize(tmp_path / 'checkpoint_step_62.pt') // 2 # no file may be larger
-    process = run('train.py', '--init_from=resume', f'--out_dir={tmp_path}', '--device=cpu',
-                  preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
-    assert process.returncode == 1 and process.stderr.count('\n') == 1
-    assert re.match('error: could not write .*, earlier ones are whole; is the disk full', process.stderr)
-    assert [path.name for path in tmp_path.glob('checkpoint*')] == ['checkpoint_step_62.pt']
-    train.load_checkpoint(str(tmp_path / 'checkpoint_step_62.pt'))
+    process = script('train.py', '--init_from=resume', f'--out_dir={tmp_path}',
+                     preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)))
+    assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
+    assert re.match('error: .*(File too large|writing)', process.stderr)
+    sample.load_checkpoint(str(tmp_path / 'checkpoint_step_62.pt'))
+    assert script('train.py', '--init_from=resume', f'--out_dir={tmp_path}').returncode == 0
 
 
+@slow
 def test_a_rank_that_dies_ends_the_others(tmp_path):
     driver = tmp_path / 'driver.py'
     driver.write_text("import os, runpy, signal, sys, torch\nsys.argv[0] = 'train.py'\nstep = torch.optim.AdamW.step\n"
                       "torch.optim.AdamW.step = lambda *a: step(*a) if os.environ['RANK'] == '0' else "
                       "os.kill(os.getpid(), signal.SIGKILL)\nrunpy.run_path('train.py', run_name='__main__')\n")
-    started = time.time()
-    process = run(driver, *TINY, f'--out_dir={tmp_path}/run', '--device=cpu', ranks=2,
-                  env={**os.environ, 'PYTHONPATH': HERE})
-    assert process.returncode != 0 and time.time() - started < 60
-    assert 'error: rank 0 lost another rank, which died; go on with --init_from=resume' in process.stderr
+    begun = time.time()
+    process = script(driver, *TINY, f'--out_dir={tmp_path}/run', ranks=2)
+    assert process.returncode != 0 and time.time() - begun < 60
+    assert 'error: another rank died; continue with --init_from=resume' in process.stderr
 
 
-def test_nothing_to_learn_from_is_said(settings, tmp_path):
-    with pytest.raises(SystemExit, match='nothing to learn from.*warmup_steps'):
-        main(settings, *TINY, '--warmup_steps=1', '--max_steps=1', f'--out_dir={tmp_path}/run')
+@pytest.mark.parametrize('error, words', [
+    (torch.OutOfMemoryError('CUDA out of memory. Tried to allocate 20 GiB'), 'out of memory: lower --rows'),
+    (RuntimeError('MPS backend out of memory'), 'out of memory: lower --rows'),
+    (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), 'out of memory: lower --rows'),
+    (RuntimeError('Connection closed by peer [127.0.0.1]'), 'another rank died; continue with --init_from=resume'),
+    (OSError(28, 'No space left on device', '/a/b'), 'error: /a/b: No space left on device')])
+def test_what_the_machine_does_gets_one_line(error, words):
+    def fails():
+        raise error
+    with pytest.raises(SystemExit, match=words) as ended:
+        sample.run_script(fails, '--rows')
+    assert '\n' not in ended.value.code
+    with pytest.raises(RuntimeError, match='a bug'): # what is our own fault keeps its traceback
+        sample.run_script(lambda: (_ for _ in ()).throw(RuntimeError('a bug')), '')
 
 
-def test_truncated_responses_earn_nothing(settings, monkeypatch):
-    """Right up to the limit, but without end-of-sequence: one place decides, for stage 1, stage 2 and evaluation."""
-    task = Multiplication()
-    tokenizer = Tokenizer(task.tokens)
-    problem = MultiplicationProblem(3, 4)
-    prompt, response = tokenizer.encode(task.prompt(problem)), tokenizer.encode('</think><answer>12</answer>')
-    def fake(model, prompts, *rest):
-        rows = torch.tensor([prompt + response + [tokenizer.eos], prompt + response + [tokenizer.ids['\n']]])
-        mask = torch.zeros(rows.shape, dtype=torch.bool)
-        mask[:, len(prompt):] = True
-        return rows, mask
-    monkeypatch.setattr(train, 'generate', fake)
-    train.rollout_rows = 8
-    batch, _ = train.rollout(train.Run(task, tokenizer, None, None), [problem, problem], train.TRAIN, 1.0)
-    assert batch['reward'].tolist() == [1, 0] and batch['correct'].tolist() == [1, 0] \
-        and batch['truncated'].tolist() == [0, 1]
+def test_compile_without_a_compiler_gets_one_line(tmp_path):
+    process = script('train.py', *TINY, '--compile=True', f'--out_dir={tmp_path}/run',
+                     env=ENVIRONMENT | dict(CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')))
+    assert process.returncode == 1 and process.stderr.count('\n') == 1, process.stderr
+    assert 'error: cannot use --compile=True, which needs a C++ compiler' in process.stderr
 
 
-def test_tasks_say_what_is_wrong_with_a_problem_or_an_answer():
-    task, problem = Countdown(), CountdownProblem((3, 5, 7), 22)
-    assert task.explain(problem, '3*5+5') == task.explain(problem, '3*5') == 'it does not use each number once'
-    assert task.explain(problem, '3+5+7') == 'it makes 15' and task.explain(problem, '(5-3)/7') == 'it makes 2/7'
-    assert task.explain(CountdownProblem((1, 1, 2), 5), '2/(1-1)') == 'it divides by zero'
-    assert task.remark(problem) == '' and task.remark(CountdownProblem((1, 1, 1), 99)).startswith('cannot be solved')
-    for numbers, target in ((3, 5), 8), ((21, 1, 1), 21), ((20, 20, 1), 400), ((1, 2, 3, 4, 5), 15), ((3, 3, 5), 0):
-        assert task.remark(CountdownProblem(numbers, target)).startswith('outside its training')
-    task = Multiplication()
-    assert task.explain(task.parse('12*12'), '145') == 'the product is 144'
-    assert task.remark(task.parse('99*99')) == '' and task.remark(task.parse('100*9')).endswith('factors up to 99')
+def test_damaged_and_foreign_checkpoints_are_refused(main, trained, tmp_path):
+    path = f'{trained}/tinyzero_astarpo_final.pt'
+    whole, undamaged = open(path, 'rb').read(), weights(path)['model']
+    def damaged(start, end):
+        return whole[:start] + bytes(byte ^ 0xff for byte in whole[start:end]) + whole[end:]
+    cuts, ends = [len(whole) * i // 40 for i in range(41)], range(len(whole) - 400, len(whole), 10)
+    for content in [b'', b'hello', whole[:100], whole[:len(whole) // 2], whole[:-1], whole[1000:], b'\0' * 5000,
+                    *map(damaged, cuts, cuts[1:]), *(damaged(i, i + 1) for i in ends)]:
+        (tmp_path / 'tinyzero_astarpo_final.pt').write_bytes(content)
+        try:
+            read = sample.load_checkpoint(str(tmp_path / 'tinyzero_astarpo_final.pt'))['model']
+            assert all(torch.equal(value, undamaged[name]) for name, value in read.items()) # harmless, or refused
+        except SystemExit as error:
+            assert str(tmp_path) in error.code and '\n' not in error.code
+    torch.save(dict(weights=torch.zeros(3)), tmp_path / 'foreign.pt')
+    with pytest.raises(SystemExit, match='foreign.pt as a checkpoint of this program: it does not say'):
+        main(f'--init_from={tmp_path}/foreign.pt', f'--out_dir={tmp_path}/new')
 
 
-def test_sample_answers_evaluates_and_plots(trained, tmp_path):
-    out, _ = trained
-    checkpoint = f'--checkpoint={out}/tinyzero_astarpo_final.pt'
-    process = run('sample.py', checkpoint, '--prompt=3 * 4', '--num_samples=8')
-    assert process.returncode == 0 and 'What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout \
-        and 'verdict' in process.stdout
-    assert run('sample.py', '--eval', '--prompt=3 * 4').stderr == \
-        'error: --eval grades held-out problems, --prompt asks one: choose\n'
-    process = run('sample.py', f'--checkpoint={out}', '--eval', '--num_problems=10')
-    assert process.returncode == 0 and 'accuracy' in process.stdout \
-        and json.load(open(f'{out}/sample_eval.json'))['num_problems'] <= 10
-    process = run('sample.py', '--plot', out, out, f'--output={tmp_path}/both.png')
-    assert process.returncode == 0 and os.path.getsize(tmp_path / 'both.png') > 10_000
-    for wrong, words in ((['--prompt=hello'], 'write it like'),
-                         (['--seed=-1'], '--seed'), (['--temperature=nan'], '--temperature'),
-                         (['--prompt=' + '1' * 300 + ' * 3'], 'positions'),
+def test_a_pickle_that_would_run_code_is_refused(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / 'owned'),)
+    torch.save(dict(format=sample.FORMAT, model=Evil()), tmp_path / 'evil.pt')
+    with pytest.raises(SystemExit, match='Weights only load failed'):
+        sample.load_checkpoint(str(tmp_path / 'evil.pt'))
+    assert not os.path.exists(tmp_path / 'owned')
+
+
+def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):
+    """The file of a task is taken from the command line only."""
+    (tmp_path / 'mine.py').write_text(open(f'{HERE}/examples/sorting.py').read())
+    main(f'--task={tmp_path}/mine.py', *TINY[2:], '--warmup_steps=3', '--max_steps=0', f'--out_dir={tmp_path}/run')
+    (tmp_path / 'mine.py').write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    for call in (lambda: main('--init_from=resume', f'--out_dir={tmp_path}/run'),
+                 lambda: sample.load(sample.load_checkpoint(sample.find_checkpoint(f'{tmp_path}/run')), 'it', 'cpu')):
+        with pytest.raises(SystemExit, match=f'a checkpoint must not choose what .*--task={tmp_path}/mine.py'):
+            call()
+    assert not os.path.exists(tmp_path / 'ran')
+    checkpoint = sample.load_checkpoint(sample.find_checkpoint(f'{tmp_path}/run'))
+    assert type(sample.load(checkpoint, 'it', 'cpu', f'{HERE}/examples/sorting.py')[1]).__name__ == 'Sorting'
+
+
+@pytest.mark.parametrize('change, words', [
+    (['--warmup_steps=50'], "comes too late: this run has warmup_steps=60"), (['--seed=3'], "seed=1337"),
+    (['--max_factor=9'], "max_factor=5"), (['--dtype=float16'], "dtype=float32"), (['--d_model=32'], "which has 64"),
+    (['--warmup_muon_learning_rate=0'], "comes too late")])
+def test_what_lies_behind_a_run_cannot_be_changed(main, trained, tmp_path, change, words):
+    with pytest.raises(SystemExit, match=words):
+        main('--init_from=resume', f"--out_dir={resumed_from(trained, 62, tmp_path / 'part')}", *change)
+
+
+def test_metrics_also_go_to_a_tracker_and_a_resumed_run_keeps_its_id(main, tmp_path, monkeypatch):
+    opened, sent, arguments = [], [], [*TINY, '--warmup_steps=4', '--max_steps=0', '--num_eval_samples=8',
+                                       '--checkpoint_interval=2', '--tracker=wandb']
+    session = types.SimpleNamespace(log=lambda numbers, step: sent.append((step, numbers)), id='abc')
+    fake = types.SimpleNamespace(init=lambda **options: opened.append(options) or session)
+    monkeypatch.setitem(sys.modules, 'wandb', fake)
+    main(*arguments, f'--out_dir={tmp_path}/run')
+    assert [step for step, _ in sent] == [1, 2, 3, 4, 4] and 'warm-up/loss' in sent[0][1]
+    assert sent[-1][1]['evaluation/count'] == 3 and opened[0]['config']['warmup_steps'] == 4
+    main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'run', 2, tmp_path / 'part')}")
+    assert [options['id'] for options in opened] == [None, 'abc']
+    monkeypatch.setitem(sys.modules, 'wandb', None)
+    with pytest.raises(SystemExit, match='--tracker=wandb needs a package that is not installed: pip install wandb'):
+        main(*arguments, f'--out_dir={tmp_path}/without')
+
+
+def test_without_matplotlib_a_run_says_once_what_is_missing(main, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, 'matplotlib.figure', None)
+    main(*TINY, '--warmup_steps=2', '--max_steps=0', f'--out_dir={tmp_path}/run')
+    assert capsys.readouterr().out.count('pip install matplotlib') == 1
+
+
+# ---- sample.py's command line ----------------------------------------------------------------------------------------
+
+@pytest.fixture
+def ask(monkeypatch, capsys):
+    """sample.py in this process, as a function of its arguments that returns what it prints, or its error."""
+    def run_sample(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', *map(str, arguments)])
+        try:
+            sample.main()
+        except SystemExit as error:
+            return error.code
+        return capsys.readouterr().out
+    return run_sample
+
+
+def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
+    checkpoint = f'--checkpoint={trained}/tinyzero_astarpo_final.pt'
+    said = ask(checkpoint, '--prompt=3 * 4', '--num_samples=8')
+    assert 'What is 3 × 4?' in said and 'pass@8' in said and 'verdict' in said
+    assert ask('--eval', '--prompt=3 * 4') == 'error: --eval grades held-out problems, --prompt asks one: choose'
+    assert 'accuracy' in ask(f'--checkpoint={trained}', '--eval', '--num_problems=10')
+    assert json.load(open(f'{trained}/sample_eval.json'))['num_problems'] <= 10
+    assert ask('--plot', trained, trained, f'--output={tmp_path}/both.png') == f'wrote {tmp_path}/both.png\n'
+    assert os.path.getsize(tmp_path / 'both.png') > 10_000
+    for wrong, words in ((['--prompt=hello'], 'write it like'), (['--seed=-1'], '--seed'),
+                         (['--temperature=nan'], '--temperature'), (['--num_samples=0'], 'at least 1'),
+                         (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'), (['--sed=3'], 'unrecognized'),
                          (['--checkpoint=none.pt'], 'No such file')):
-        process = run('sample.py', checkpoint, *wrong)
-        assert process.returncode == 1 and words in process.stderr and 'Traceback' not in process.stderr
+        said = ask(checkpoint, *wrong)
+        assert said.startswith('error: ') and words in said and '\n' not in said
 
 
-def test_the_task_in_the_readme_is_trained_as_it_stands(tmp_path):
-    source = re.search(r'<!-- task -->\n```python\n(.*?)```', open(f'{HERE}/README.md').read(), re.S)[1]
-    for name in ('model', 'apo', 'tasks', 'train', 'sample'):
-        text = open(f'{HERE}/{name}.py').read()
-        (tmp_path / f'{name}.py').write_text(text + '\n\n' + source if name == 'tasks' else text)
-    process = run(f'{tmp_path}/train.py', '--task=sorting', '--max_number=12', *TINY[2:], '--warmup_steps=300',
-                  '--max_steps=2', f'--out_dir={tmp_path}/run', '--device=cpu')
+def test_the_newest_finished_run_answers(ask, trained, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert 'assets/countdown_trained.pt: countdown' in ask('--prompt=3 5 7 = 22')
+    os.makedirs('out/old')
+    os.makedirs('out/unfinished')
+    shutil.copy(f'{trained}/tinyzero_astarpo_final.pt', 'out/old')
+    shutil.copy(f'{trained}/checkpoint_step_62.pt', 'out/unfinished')
+    assert ask('--prompt=3 * 4').startswith('out/old/tinyzero_astarpo_final.pt: multiplication')
+
+
+def test_output_that_is_not_utf_8_is_no_error(trained):
+    process = script('sample.py', f'--checkpoint={trained}', '--prompt=3 * 4',
+                     env=ENVIRONMENT | dict(PYTHONIOENCODING='ascii'))
+    assert process.returncode == 0 and 'What is 3 ? 4?' in process.stdout, process.stderr
+
+
+@slow
+def test_a_task_from_a_file_is_trained_and_answers(tmp_path):
+    task = f'--task={HERE}/examples/sorting.py'
+    process = script('train.py', task, '--max_number=12', *TINY[2:], '--warmup_steps=300', '--max_steps=2',
+                     f'--out_dir={tmp_path}/run')
     assert process.returncode == 0 and process.stderr == '', process.stderr
     assert metrics(f'{tmp_path}/run')[-1]['accuracy'] > 0
-    process = run(f'{tmp_path}/sample.py', f'--checkpoint={tmp_path}/run/tinyzero_astarpo_final.pt', '--prompt=3 1 2')
+    process = script('sample.py', task, f'--checkpoint={tmp_path}/run', '--prompt=3 1 2')
     assert process.returncode == 0 and 'answer' in process.stdout
 
 
-def test_the_notebook_runs_from_top_to_bottom(tmp_path):
+@slow
+def test_the_notebook_runs_from_top_to_bottom(tmp_path, monkeypatch):
     nbformat, nbclient = pytest.importorskip('nbformat'), pytest.importorskip('nbclient')
     notebook = nbformat.read(f'{HERE}/TinyZero_AstarPO.ipynb', as_version=4)
     notebook.cells[1].source += f"\nOUT = {str(tmp_path / 'run')!r}"
-    os.environ['NOTEBOOK_ARGS'] = ' '.join(
-        [*TINY, '--max_steps=2', '--device=cpu'])
+    monkeypatch.setenv('NOTEBOOK_ARGS', ' '.join([*TINY, '--max_steps=2']))
     nbclient.NotebookClient(notebook, timeout=300, kernel_name='python3',
                             resources=dict(metadata=dict(path=HERE))).execute()
     assert os.path.exists(tmp_path / 'run' / 'curves.png')
@@ -1122,8 +1502,8 @@ PRETRAINED = dict(qwen2=dict(tie_word_embeddings=True), qwen3=dict(head_dim=24),
 
 
 def make_pretrained(folder, kind='qwen2', bfloat16=False, shards=1, vocab_size=400, **changes):
-    """A tiny random model in the Hugging Face layout, written by transformers; skips the test where that is missing.
-    Returns it as transformers loads it."""
+    """Write a tiny random model in the Hugging Face layout by transformers; skip the test where that is missing.
+    Return it as transformers loads it."""
     transformers = pytest.importorskip('transformers', reason="needs pip install transformers safetensors tokenizers")
     pytest.importorskip('safetensors', reason="needs pip install safetensors")
     torch.manual_seed(0)
@@ -1141,8 +1521,8 @@ def make_pretrained(folder, kind='qwen2', bfloat16=False, shards=1, vocab_size=4
     return transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def make_tokenizer(folder, eos='<|endoftext|>', begin=None):
-    """A byte-level BPE trained on prompts and demonstrations, with the files that a model's tokenizer has. Its padding
+def make_tokenizer(folder, eos='<|endoftext|>', begin=None, end=None):
+    """Train a byte-level BPE on prompts and demonstrations, and write the files that a model's tokenizer has. Its padding
     is the end-of-sequence."""
     tokenizers = pytest.importorskip('tokenizers', reason="needs pip install tokenizers")
     library = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -1150,15 +1530,16 @@ def make_tokenizer(folder, eos='<|endoftext|>', begin=None):
     library.decoder = tokenizers.decoders.ByteLevel()
     task, rng = Multiplication(5), np.random.default_rng(0)
     texts = [task.demonstration(task.problem(rng), rng) for _ in range(50)]
-    for task.form in FORMS.values():
-        texts += [task.prompt(task.problem(rng)) for _ in range(50)]
+    for form in FORMS.values():
+        texts += [form.format(task.question(task.problem(rng))) for _ in range(50)]
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|begin|>']
     library.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, show_progress=False,
         initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet()))
     if begin:
         library.post_processor = tokenizers.processors.TemplateProcessing(
-            single=f'{begin} $A', special_tokens=[(begin, library.token_to_id(begin))])
+            single=f'{begin} $A' + (f' {end}' if end else ''),
+            special_tokens=[(token, library.token_to_id(token)) for token in (begin, end) if token])
     os.makedirs(folder, exist_ok=True)
     library.save(f'{folder}/tokenizer.json')
     with open(f'{folder}/tokenizer_config.json', 'w') as file:
@@ -1175,6 +1556,7 @@ def as_published(folder):
         json.dump(config, file)
 
 
+@slow
 @pytest.mark.parametrize('kind, options', [('qwen2', dict(bfloat16=True)), ('qwen3', dict(shards=2)), ('llama', {})])
 def test_pretrained_weights_give_the_logits_of_transformers(tmp_path, kind, options):
     """Logits to 1e-4, greedy generation token by token with unequal prompts, and the export back: QKV bias, QK-norm,
@@ -1190,11 +1572,11 @@ def test_pretrained_weights_give_the_logits_of_transformers(tmp_path, kind, opti
             logits = model(tokens)[0]
             assert logits.abs().max() > 1 and torch.allclose(logits, theirs(tokens).logits, atol=1e-4)
     prompts = [torch.randint(2, 400, (n,)).tolist() for n in (3, 9, 1, 5)]
-    ours, mask = generate(model, prompts, 24, temperature=0, eos=1)
+    ours, mask = generate(model, prompts, 24, temperature=0, ends=[1])
     for row, marked, prompt in zip(ours, mask, prompts):
         expected = theirs.generate(torch.tensor([prompt]), max_new_tokens=24, do_sample=False, pad_token_id=1)[0]
         assert row[marked].tolist() == expected[len(prompt):].tolist()
-    save_pretrained(model, tmp_path / 'export', 1)
+    save_pretrained(model, tmp_path / 'export', [1])
     again = type(theirs).from_pretrained(tmp_path / 'export')
     with torch.no_grad():
         assert torch.allclose(again(tokens).logits, logits, atol=1e-4) and again.config.eos_token_id == 1
@@ -1208,24 +1590,153 @@ def test_pretrained_tokenizer_goes_round_and_knows_its_end(tmp_path):
         make_tokenizer(tmp_path, eos, begin)
         state = tokenizer_files(tmp_path)
         tokenizer = PretrainedTokenizer(json.loads(json.dumps(state))) # plain data
-        assert tokenizer.library.id_to_token(tokenizer.eos) == eos and tokenizer.form.startswith(words)
+        assert tokenizer.library.id_to_token(tokenizer.ends[0]) == eos and tokenizer.form.startswith(words)
         rng = np.random.default_rng(0)
         for task in (kind() for kind in TASKS.values()):
-            task.form = tokenizer.form
             for problem in (task.problem(rng) for _ in range(20)):
-                prompt, response = task.prompt(problem), task.demonstration(problem, rng)
+                prompt, response = tokenizer.prompt(task, problem), task.demonstration(problem, rng)
                 assert prompt.endswith('<think>') and tokenizer.library.decode(
                     tokenizer.encode(prompt), skip_special_tokens=False) == prompt
                 ids = tokenizer.encode(response)
                 assert tokenizer.decode(ids) == response
-                assert tokenizer.decode([*ids, tokenizer.eos, 5]) == response + EOS
+                assert tokenizer.decode([*ids, tokenizer.ends[-1], 5]) == response + EOS
         assert EOS not in tokenizer.decode(tokenizer.encode('</think><answer>1</answer><eos>!'))
-    for name, text, eos in (('generation_config.json', '{"eos_token_id": [2, 0]}', 2),
-                            ('config.json', '{"eos_token_id": 1}', 1),
-                            ('tokenizer_config.json', '{"eos_token": {"content": "<|im_end|>"}}', 2)):
-        assert PretrainedTokenizer({'tokenizer.json': state['tokenizer.json'], name: text}).eos == eos
-    with pytest.raises(ValueError, match='no end-of-sequence'):
-        PretrainedTokenizer({'tokenizer.json': state['tokenizer.json']})
+    files = {'tokenizer.json': state['tokenizer.json']}
+    for more, ends in ((dict(generation_config='{"eos_token_id": [2, 0]}'), [2, 0]),
+                       (dict(config='{"eos_token_id": 1}'), [1]),
+                       (dict(tokenizer_config='{"eos_token": {"content": "<|im_end|>"}}'), [2]),
+                       (dict(tokenizer_config='{"eos_token": "<|im_end|>"}', config='{"eos_token_id": 0}'), [2, 0])):
+        assert PretrainedTokenizer(files | {f'{name}.json': text for name, text in more.items()}).ends == ends
+    for nothing in ({}, {'config.json': '{"eos_token_id": []}'}, {'config.json': '{"eos_token_id": null}'},
+                    {'tokenizer_config.json': '{"eos_token": "<|nowhere|>"}'}):
+        with pytest.raises(ValueError, match='no end-of-sequence'):
+            PretrainedTokenizer(files | nothing)
+
+
+def test_only_what_a_template_puts_before_a_text_begins_the_prompt(tmp_path):
+    """Some tokenizers put their end-of-sequence behind every text."""
+    make_tokenizer(tmp_path, begin='<|begin|>', end='<|endoftext|>')
+    tokenizer = PretrainedTokenizer(tokenizer_files(tmp_path))
+    assert tokenizer.prompt(Multiplication(), MultiplicationProblem(3, 4)).startswith('<|begin|>The following')
+
+
+def write_pretrained(folder, config=None, without=(), vocab_size=400, kind='qwen2', **tensors):
+    """Write a tiny random model of ours in the Hugging Face layout, without transformers, with changes to its
+    config.json and its tensors."""
+    safetensors = pytest.importorskip('safetensors.torch', reason="needs pip install safetensors")
+    torch.manual_seed(0)
+    options = dict(qwen2=dict(qkv_bias=True), llama={}, qwen3=dict(qk_norm=True, tie_embeddings=False))[kind]
+    model = Transformer(ModelConfig(vocab_size, 512, 64, 2, 4, 2, 96, **options))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(torch.randn_like(p), alpha=0.1)
+    shutil.rmtree(folder, ignore_errors=True)
+    save_pretrained(model, folder, [0])
+    written = json.load(open(f'{folder}/config.json')) | (config or {})
+    with open(f'{folder}/config.json', 'w') as file:
+        json.dump({name: value for name, value in written.items() if name not in without}, file)
+    path = f'{folder}/model.safetensors'
+    held = safetensors.load_file(path) | {name: value(model) for name, value in tensors.items()}
+    safetensors.save_file({k: v.contiguous().clone() for k, v in held.items() if k not in without}, path)
+    return model
+
+
+def read_pretrained(folder):
+    model = Transformer(read_config(folder))
+    for p, whole in load_pretrained(model, folder):
+        p.data.copy_(whole)
+    return model
+
+
+@pytest.mark.parametrize('kind', ['qwen2', 'qwen3', 'llama'])
+def test_what_is_exported_reads_back(tmp_path, kind):
+    model, tokens = write_pretrained(tmp_path / 'model', kind=kind), torch.randint(0, 400, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(read_pretrained(tmp_path / 'model')(tokens)[0], model(tokens)[0])
+    config = json.load(open(tmp_path / 'model/config.json'))
+    assert config['model_type'] == kind and config['eos_token_id'] == 0 and config['max_position_embeddings'] == 512
+
+
+def test_configs_have_the_defaults_of_their_format(tmp_path):
+    write_pretrained(tmp_path / 'model', without=('hidden_act', 'max_position_embeddings', 'rope_theta'))
+    config = read_config(tmp_path / 'model')
+    assert config.max_seq_len == 2048 and config.rope_theta == 10000
+
+
+def test_weights_are_read_from_the_files_that_the_index_names(tmp_path):
+    """Old shards may lie beside new ones, and an index may outlive its files."""
+    safetensors = pytest.importorskip('safetensors.torch')
+    model, folder = write_pretrained(tmp_path / 'model'), tmp_path / 'model'
+    held = safetensors.load_file(folder / 'model.safetensors')
+    halves = dict(list(held.items())[::2]), dict(list(held.items())[1::2])
+    for i, half in enumerate(halves):
+        safetensors.save_file(half, folder / f'model-0000{i}-of-00002.safetensors')
+    old = {name: value + 1 for name, value in held.items()}
+    safetensors.save_file(old, folder / 'model-00001-of-00003.safetensors')
+    (folder / 'model.safetensors').rename(tmp_path / 'whole')
+    index = {name: f'model-0000{i}-of-00002.safetensors' for i, half in enumerate(halves) for name in half}
+    (folder / 'model.safetensors.index.json').write_text(json.dumps(dict(weight_map=index)))
+    tokens = torch.randint(0, 400, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(read_pretrained(folder)(tokens)[0], model(tokens)[0])
+        os.remove(folder / 'model-00001-of-00002.safetensors')
+        with pytest.raises(ValueError, match='its index names .*model-00001-of-00002.safetensors, which is not there'):
+            read_pretrained(folder)
+        (tmp_path / 'whole').rename(folder / 'model.safetensors')
+        assert torch.equal(read_pretrained(folder)(tokens)[0], model(tokens)[0]), "the one whole file"
+
+
+LLAMA_WITHOUT = {name: value for name, value in LLAMA3.items() if name != 'low_freq_factor'}
+
+
+@pytest.mark.parametrize('changes, words', [
+    (dict(config=dict(model_type='mamba')), "model_type 'mamba' is not covered"),
+    (dict(config=dict(rope_parameters=dict(rope_type='yarn'))), "rope_type 'yarn' is not covered"),
+    (dict(config=dict(rope_scaling=LLAMA_WITHOUT)), "rope_type llama3 without low_freq_factor"),
+    (dict(config=dict(use_sliding_window=True)), "use_sliding_window True is not covered"),
+    ({'model.vision.weight': lambda model: model.norm.weight}, "a tensor model.vision.weight (64,), which"),
+    ({'model.norm.weight': lambda model: model.norm.weight[:7]}, "model.norm.weight (7,), which should be (64,)"),
+    ({'lm_head.weight': lambda model: model.embed.weight + 1}, "lm_head.weight is not model.embed_tokens.weight"),
+    (dict(without=['model.layers.1.self_attn.k_proj.bias']), "layers.1.self_attn.k_proj.bias is missing (1 in all)"),
+    (dict(vocab_size=64), "but the model's embedding has 64 rows"),
+    (dict(config=dict(max_position_embeddings=100)), "do not fit the 100 positions"),
+    (dict(remove='model.safetensors'), "holds no safetensors"), (dict(remove='tokenizer.json'), "No such file"),
+    (dict(remove='config.json'), "No such file"), (dict(damage='model.safetensors'), "(SafetensorError)"),
+    (dict(damage='tokenizer.json'), "cannot use"), (dict(damage='config.json'), "JSONDecodeError")])
+def test_what_pretrained_weights_cannot_do_is_said_in_one_line(main, tmp_path, changes, words):
+    folder = tmp_path / 'model'
+    write_pretrained(folder, **{name: value for name, value in changes.items() if name not in ('remove', 'damage')})
+    make_tokenizer(folder)
+    if 'remove' in changes:
+        os.remove(folder / changes['remove'])
+    if 'damage' in changes:
+        (folder / changes['damage']).write_text('{')
+    with pytest.raises(SystemExit) as error:
+        main('--task=multiplication', f'--init_from={folder}', f'--out_dir={tmp_path}/new', '--max_new_tokens=64',
+             '--device=cpu')
+    assert words in error.value.code and '\n' not in error.value.code and str(folder) in error.value.code or \
+        words in error.value.code and 'remove' not in changes
+    assert not os.path.exists(tmp_path / 'new')
+
+
+def test_equal_copies_of_tied_weights_are_accepted(tmp_path):
+    model = write_pretrained(tmp_path / 'model', **{'lm_head.weight': lambda model: model.embed.weight})
+    tokens = torch.randint(0, 400, (2, 20))
+    with torch.no_grad():
+        assert torch.equal(read_pretrained(tmp_path / 'model')(tokens)[0], model(tokens)[0])
+
+
+def test_missing_packages_of_pretrained_weights_are_named(main, tmp_path, monkeypatch):
+    write_pretrained(tmp_path / 'model')
+    make_tokenizer(tmp_path / 'model')
+    os.makedirs(tmp_path / 'Qwen') # a folder of that name is no reason not to ask the hub
+    monkeypatch.chdir(tmp_path)
+    for package, start in (('tokenizers', 'model'), ('safetensors', 'model'), ('huggingface_hub', 'Qwen/Qwen2.5-0.5B')):
+        words = f'not installed: pip install {package}'
+        with monkeypatch.context() as patch, pytest.raises(SystemExit, match=words) as error:
+            patch.setitem(sys.modules, package, None)
+            main('--task=multiplication', f'--init_from={start}', '--out_dir=new', '--max_new_tokens=64')
+        assert start != 'Qwen/Qwen2.5-0.5B' or 'which is not a file or folder here' in error.value.code
 
 
 @pytest.fixture(scope='module')
@@ -1233,15 +1744,15 @@ def pretrained(tmp_path_factory):
     """A few steps of A*PO by the command line from a tiny model in the Hugging Face layout, after a warm-up, because
     random weights earn no rewards; its folder and its out_dir."""
     folder, out = tmp_path_factory.mktemp('pretrained') / 'model', tmp_path_factory.mktemp('pretrained') / 'run'
-    make_pretrained(folder)
+    write_pretrained(folder)
     make_tokenizer(folder)
-    process = run('train.py', *TINY, '--n_heads=4', '--d_ff=96', f'--init_from={folder}', f'--out_dir={out}',
-                  '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--device=cpu',
-                  env={**os.environ, 'OMP_NUM_THREADS': '1'})
+    process = script('train.py', *TINY, '--n_heads=4', '--d_ff=96', f'--init_from={folder}', f'--out_dir={out}',
+                     '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--eval_interval=100')
     assert process.returncode == 0 and process.stderr == '', process.stderr
     return str(folder), str(out)
 
 
+@slow
 def test_a_star_po_raises_the_reward_from_pretrained_weights(pretrained):
     """End-of-sequence is trained although it also pads; the reward rises."""
     steps = [row for row in metrics(pretrained[1]) if row['phase'] == 'apo']
@@ -1249,116 +1760,284 @@ def test_a_star_po_raises_the_reward_from_pretrained_weights(pretrained):
     assert np.mean([row['reward'] for row in steps[-10:]]) > np.mean([row['reward'] for row in steps[:5]]) + 0.1
 
 
-def test_settings_that_fit_pretrained_weights_are_chosen_and_printed(pretrained, settings, tmp_path, capsys):
-    checkpoint = train.configure([f'--init_from={pretrained[0]}', f'--out_dir={tmp_path}', '--max_target=50',
-                                  '--value_learning_rate=0.01'])
-    assert (train.learning_rate, train.warmup_steps, train.max_new_tokens, train.max_number) == (1e-6, 0, 1024, 99)
-    assert (train.max_target, train.value_learning_rate, train.d_model) == (50, 0.01, 64), "what is given is kept"
+def test_settings_that_fit_pretrained_weights_are_chosen_and_printed(tmp_path, capsys):
+    write_pretrained(tmp_path / 'model')
+    make_tokenizer(tmp_path / 'model')
+    settings, checkpoint = train.configure([f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/new',
+                                            '--max_target=50', '--value_learning_rate=0.01', '--device=cpu'])
+    assert [settings[name] for name in ('learning_rate', 'warmup_steps', 'max_new_tokens')] == [1e-6, 0, 1024]
+    assert [settings[name] for name in ('max_target', 'value_learning_rate', 'd_model')] == [50, 0.01, 64]
     assert 'learning_rate=1e-06' in capsys.readouterr().out
-    with pytest.raises(SystemExit, match='--max_new_tokens=1024 .* 512 positions'):
-        train.build(checkpoint)
 
 
-def test_runs_from_pretrained_weights_resume_answer_and_export(pretrained, settings, tmp_path):
+@slow
+def test_runs_from_pretrained_weights_resume_answer_and_export(main, ask, pretrained, tmp_path):
     """Without the folder that they came from: the checkpoint holds all."""
-    folder, out = pretrained
-    os.makedirs(tmp_path / 'part')
-    os.link(f'{out}/checkpoint_step_120.pt', tmp_path / 'part' / 'checkpoint_step_120.pt')
-    torch.set_num_threads(1)
-    main(settings, '--init_from=resume', f'--out_dir={tmp_path}/part')
-    final = f'{out}/tinyzero_astarpo_final.pt'
-    assert_same(weights(final), weights(tmp_path / 'part' / 'tinyzero_astarpo_final.pt'))
-    process = run('sample.py', f'--checkpoint={final}', '--prompt=3 * 4', '--num_samples=8', '--device=cpu')
-    assert process.returncode == 0 and 'User: What is 3 × 4?' in process.stdout and 'pass@8' in process.stdout
-    settings()
-    loaded = train.load_run(final, device='cpu')
-    importlib.import_module('sample').export(loaded, f'{tmp_path}/export')
+    main('--init_from=resume', f"--out_dir={resumed_from(pretrained[1], 120, tmp_path / 'part')}")
+    assert_same(pretrained[1], tmp_path / 'part')
+    said = ask(f'--checkpoint={pretrained[1]}', '--prompt=3 * 4', '--num_samples=8')
+    assert 'User: What is 3 × 4?' in said and 'pass@8' in said
+    process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={pretrained[1]}')
+    assert process.returncode == 0, process.stderr
+    again = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={pretrained[1]}')
+    assert again.returncode == 1 and 'choose a new folder' in again.stderr
     transformers = pytest.importorskip('transformers')
-    prompt = loaded.task.prompt(MultiplicationProblem(3, 4))
-    tokens = loaded.tokenizer.encode(prompt)
+    path = sample.find_checkpoint(pretrained[1])
+    model, task, tokenizer = sample.load(sample.load_checkpoint(path), path, 'cpu')
+    prompt = tokenizer.prompt(task, MultiplicationProblem(3, 4))
+    tokens = tokenizer.encode(prompt)
     assert transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / 'export')(prompt).input_ids == tokens
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'export')
     with torch.no_grad():
-        ours = loaded.model(torch.tensor([tokens]))[0]
-        assert torch.allclose(theirs(torch.tensor([tokens])).logits, ours, atol=1e-4)
-    with pytest.raises(SystemExit, match='choose a new folder'):
-        importlib.import_module('sample').export(loaded, f'{tmp_path}/export')
+        assert torch.allclose(theirs(torch.tensor([tokens])).logits, model(torch.tensor([tokens]))[0], atol=1e-4)
 
 
-def test_a_model_from_random_weights_is_exported_as_a_llama(trained, settings, tmp_path):
+@slow
+def test_a_model_from_random_weights_is_exported_as_a_llama(trained, tmp_path):
     transformers = pytest.importorskip('transformers', reason="needs pip install transformers safetensors")
-    process = run('sample.py', f'--checkpoint={trained[0]}/tinyzero_astarpo_final.pt', f'--export={tmp_path}/export')
-    assert process.returncode == 0 and 'config.json, model.safetensors' in process.stdout
+    process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={trained}')
+    assert process.returncode == 0 and 'config.json, model.safetensors' in process.stdout, process.stderr
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / 'export')
-    ours = train.load_run(f'{trained[0]}/tinyzero_astarpo_final.pt', device='cpu').model
-    tokens = torch.randint(0, ours.config.vocab_size, (4, 30))
+    path = sample.find_checkpoint(trained)
+    model, *_ = sample.load(sample.load_checkpoint(path), path, 'cpu')
+    tokens = torch.randint(0, model.config.vocab_size, (4, 30))
     with torch.no_grad():
-        assert type(theirs).__name__ == 'LlamaForCausalLM' and torch.allclose(theirs(tokens).logits, ours(tokens)[0],
-                                                                              atol=1e-4)
+        assert type(theirs).__name__ == 'LlamaForCausalLM'
+        assert torch.allclose(theirs(tokens).logits, model(tokens)[0], atol=1e-4)
 
 
-def test_what_pretrained_weights_cannot_do_is_said_in_one_line(settings, tmp_path, monkeypatch):
-    make_pretrained(tmp_path / 'model', vocab_size=64)
-    make_tokenizer(tmp_path / 'model')
-    from safetensors.torch import load_file, save_file
-    weights, config = load_file(tmp_path / 'model/model.safetensors'), json.load(open(tmp_path / 'model/config.json'))
-    norm = weights['model.norm.weight']
-    cases = [(dict(model_type='mamba'), {}, [], "model_type 'mamba' is not covered"),
-             (dict(rope_parameters=dict(rope_type='yarn')), {}, [], "rope_type 'yarn' is not covered"),
-             (dict(use_sliding_window=True), {}, [], "use_sliding_window True is not covered"),
-             ({}, {'model.vision.weight': norm}, [], "a tensor model.vision.weight (64,), which"),
-             ({}, {'model.norm.weight': norm[:7]}, [], "model.norm.weight (7,), which should be (64,)"),
-             ({}, {}, ['model.layers.1.self_attn.k_proj.bias'], "layers.1.self_attn.k_proj.bias is missing (1 in all)"),
-             ({}, {}, ['tokenizers'], "not installed: pip install tokenizers"),
-             ({}, {}, ['safetensors'], "not installed: pip install safetensors"),
-             ({}, {}, ['huggingface_hub'], "not installed: pip install huggingface_hub")]
-    for i, (changes, added, without, words) in enumerate(cases):
-        with monkeypatch.context() as patch, pytest.raises(SystemExit) as error:
-            for name in without:
-                patch.setitem(sys.modules, name, None)
-            json.dump(config | changes, open(tmp_path / 'model/config.json', 'w'))
-            save_file({k: v.clone() for k, v in (weights | added).items() if k not in without},
-                      tmp_path / 'model/model.safetensors')
-            start = 'someone/something' if 'huggingface_hub' in without else tmp_path / 'model'
-            main(settings, f'--init_from={start}', f'--out_dir={tmp_path}/{i}', '--max_new_tokens=64')
-        assert words in error.value.code and '\n' not in error.value.code
-    for name in ('model.safetensors', 'tokenizer.json', 'config.json'): # damaged, then missing
-        for damage in (lambda path: open(path, 'w').write('{'), os.remove):
-            damage(tmp_path / 'model' / name)
-            with pytest.raises(SystemExit, match=f'cannot use {tmp_path}/model: [^\n]*$'):
-                main(settings, f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/{name}', '--max_new_tokens=64')
-
-
-# ---- the tasks of reasoning-gym --------------------------------------------------------------------------------------
-
-def make_gym(name, **changes):
-    """A task of reasoning-gym; skips the test where that is missing."""
-    pytest.importorskip('reasoning_gym', reason="needs pip install reasoning-gym")
-    return ReasoningGym(name, **changes)
-
+# ---- examples/reasoning_gym.py ---------------------------------------------------------------------------------------
 
 def answered(answer):
-    return f'{END_THINK}<answer> {answer} </answer>'
+    return f'{END_THINK}{ANSWER} {answer} {END_ANSWER}'
 
 
-@pytest.mark.parametrize('name', ['ab', 'acre', 'basic_arithmetic', 'chain_sum', 'gcd', 'jugs', 'kakurasu',
-                                  'list_functions', 'maze', 'mini_sudoku', 'syllogism', 'word_sorting'])
-def test_problems_of_reasoning_gym_are_fixed_split_and_graded_by_it(name):
-    task, again = make_gym(name), make_gym(name)
-    task.form = FORMS['chat']
-    draws = [train.draw(kind, train.TRAIN, 0, 30) for kind in (task, again)]
-    problems, held_out = [problem for problem, _ in draws[0]], train.held_out_problems(task, 10)
+def make_gym(dataset, **changes):
+    """Make a task of reasoning-gym; skip the test where the package is missing."""
+    pytest.importorskip('reasoning_gym', reason="needs pip install reasoning-gym")
+    return example('reasoning_gym')(dataset, **changes)
+
+
+# A package of that name whose scorer does what the answer says. An attack that succeeds leaves a file or a folder.
+PACKAGE = """
+import os, socket, subprocess, sys, time, types
+from fractions import Fraction
+
+HACKED = {hacked!r}
+
+def hide(): # as some scorers do
+    try:
+        return eval('1')
+    except:
+        return 1
+
+def hog():
+    held = []
+    while True:
+        held.append(bytearray(2 ** 26))
+
+def deep():
+    return deep()
+
+ACTIONS = dict(
+    eval=lambda: eval('1'), exec=lambda: exec('1') or 1, compile=lambda: compile('1', '', 'eval') and 1, hide=hide,
+    write=lambda: open(HACKED, 'w') and 1, os_open=lambda: os.open(HACKED, os.O_CREAT | os.O_WRONLY) and 1,
+    read=lambda: open('/etc/passwd') and 1, mkdir=lambda: os.mkdir(HACKED) or 1,
+    link=lambda: os.symlink('x', HACKED) or 1,
+    system=lambda: os.system('touch ' + HACKED) or 1, popen=lambda: subprocess.run(['touch', HACKED]) and 1,
+    fork=lambda: os.fork() and 1, kill=lambda: os.kill(os.getppid(), 9) or 1, socket=lambda: socket.socket() and 1,
+    imports=lambda: __import__('wave') and 1, exit=lambda: sys.exit(), spin=lambda: [None for _ in iter(int, 1)],
+    power=lambda: Fraction('1e99999999'), sleep=lambda: time.sleep(60), hog=hog, deep=deep,
+    prints=lambda: print('1.0') or 0, nan=lambda: float('nan'), above=lambda: 1.5, below=lambda: -1, none=lambda: None,
+    raises=lambda: 1 / 0, half=lambda: 0.5, big=lambda: len(bytearray(2 ** 32)) and 1)
+
+class Fake:
+    def __init__(self, seed):
+        self.seed = seed
+
+    def __getitem__(self, index):
+        answer = str(self.seed + 1) if self.kind == 'fake' else self.kind
+        return dict(question=f'What is {{self.seed}}+1?', answer=answer, metadata=dict(big='x' * 100_000))
+
+    def score_answer(self, answer, entry):
+        if '__' in answer:
+            return eval(answer)
+        right = answer == entry['answer']
+        entry.clear() # one scorer of the real package writes into its entry
+        return ACTIONS[answer]() if answer in ACTIONS else float(right)
+
+DATASETS = dict.fromkeys(['fake', 'eval', 'raises', 'composite'])
+
+def create_dataset(name, size, seed):
+    assert name != 'composite', "Must specify at least one dataset"
+    return type(name, (Fake,), dict(kind=name))(seed)
+"""
+
+
+@pytest.fixture
+def fake(tmp_path, monkeypatch):
+    """Put the package above in the place of reasoning-gym; return the class of its tasks, and the empty folder that
+    its attacks write to."""
+    folder, hacked = tmp_path / 'packages' / 'reasoning_gym', tmp_path / 'hacked'
+    folder.mkdir(parents=True)
+    hacked.mkdir()
+    (folder / '__init__.py').write_text('')
+    (folder / 'factory.py').write_text(PACKAGE.format(hacked=str(hacked / 'file')))
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'reasoning_gym']:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(folder.parent)
+    yield example('reasoning_gym'), hacked
+    for name in [name for name in sys.modules if name.partition('.')[0] == 'reasoning_gym']:
+        del sys.modules[name] # monkeypatch then puts back what was there
+
+
+def test_scorers_may_do_nothing_but_compute(fake, tmp_path):
+    """An answer that makes the scorer try anything else, or take long, is wrong, and the next one is graded."""
+    task, hacked = fake[0]('fake'), fake[1]
+    problem = task.problem(np.random.default_rng(0))
+    process = task.scorer.process
+    stopped = ['eval', 'exec', 'compile', 'hide', 'write', 'os_open', 'read', 'mkdir', 'link', 'system', 'popen',
+               'fork', 'kill', 'socket', 'imports', 'exit', 'spin', 'power', f"__import__('os').mkdir('{hacked}/file')"]
+    zero = ['big', 'deep', 'prints', 'nan', 'above', 'below', 'none', 'raises', 'half', '12345', 'x' * 250]
+    for action in [*stopped, *zero, 'hog']:
+        started = time.time()
+        assert task.grade(problem, answered(action)) == (0, False, True), action
+        assert time.time() - started < 4, action
+        # Whether memory or time ends the last one first depends on the machine.
+        assert action == 'hog' or bool(task.scorer.scores(problem, [action])) == (action in zero), action
+        assert task.grade(problem, answered(problem['answer'])) == (1, True, True), action
+    assert task.scorer.process is process and process.poll() is None, "a scorer that is stopped costs no new process"
+    assert os.listdir(hacked) == [] and 'metadata' in problem
+    assert eval('1') == 1, "the trainer is not watched"
+
+
+@slow
+def test_scorers_that_sleep_are_stopped(fake):
+    task = fake[0]('fake')
+    problem, started = task.problem(np.random.default_rng(0)), time.time()
+    assert not task.grade(problem, answered('sleep')).correct and time.time() - started < 8
+
+
+@slow
+def test_a_scoring_process_that_dies_or_hangs_is_replaced(fake, monkeypatch):
+    task = fake[0]('fake')
+    problem = task.problem(np.random.default_rng(0))
+    monkeypatch.setitem(task.scorer.scores.__func__.__globals__, 'WALL_SECONDS', 0.5) # here, not in the process
+    for which in (signal.SIGKILL, signal.SIGSTOP):
+        process = task.scorer.process
+        process.send_signal(which)
+        assert not task.grade(problem, answered(problem['answer'])).correct
+        assert process.poll() == -signal.SIGKILL
+        assert task.grade(problem, answered(problem['answer'])).correct
+
+
+@slow
+def test_the_scoring_process_dies_with_the_trainer(fake):
+    trainer = f"""
+import os, sys
+sys.path[:] = {sys.path}
+from tasks import find_task
+import numpy as np
+task = find_task({HERE + '/examples/reasoning_gym.py'!r})('fake')
+task.problem(np.random.default_rng(0))
+print(task.scorer.process.pid, flush=True)
+os.kill(os.getpid(), 9)"""
+    process = subprocess.run([sys.executable, '-c', trainer], capture_output=True, text=True, timeout=60)
+    assert process.returncode == -signal.SIGKILL and process.stderr == ''
+    assert ended(int(process.stdout))
+
+
+def ended(pid):
+    """Wait until a process has ended, ten seconds at most. One that nobody waits for stays as a zombie."""
+    for _ in range(100):
+        try:
+            if open(f'/proc/{pid}/stat').read().rpartition(')')[2].split()[0] == 'Z':
+                return True
+        except FileNotFoundError:
+            return True
+        time.sleep(0.1)
+    return False
+
+
+@slow
+def test_the_scoring_process_ends_with_its_task_and_leaves_nothing_open(fake):
+    task = fake[0]('fake')
+    problem = task.problem(np.random.default_rng(0))
+    pid = task.scorer.process.pid
+    before = os.listdir(f'/proc/{pid}/fd')
+    for _ in range(50):
+        task.grade(problem, answered('1'))
+    assert os.listdir(f'/proc/{pid}/fd') == before
+    del task
+    assert ended(pid)
+
+
+@slow
+def test_the_scoring_process_does_not_take_the_file_for_the_package(fake, monkeypatch):
+    """Even where the folder of the file is the current one."""
+    monkeypatch.chdir(os.path.join(HERE, 'examples'))
+    task = fake[0]('fake')
+    problem = task.problem(np.random.default_rng(0))
+    assert task.grade(problem, answered(problem['answer'])).correct
+
+
+@slow
+def test_a_scoring_process_that_cannot_start_is_said(fake, monkeypatch, capfd):
+    task = fake[0]('fake')
+    task.scorer.dataset = 'composite' # its own constructor would have refused it
+    with pytest.raises(RuntimeError, match='does not start'):
+        task.problem(np.random.default_rng(0))
+    assert 'Must specify at least one dataset' in capfd.readouterr().err
+
+
+@slow
+@pytest.mark.parametrize('dataset, changes, words', [
+    ('fakes', {}, "no task 'fakes'; did you mean --dataset=fake?"), ('', {}, "no task ''"),
+    ('composite', {}, "Must specify at least one dataset"), ('fake', dict(partial_credit=1.0), "below 1"),
+    ('fake', dict(partial_credit=float('nan')), "below 1"), ('eval', {}, "runs text as code"),
+    ('raises', {}, "does not tell its own answers from nonsense")])
+def test_mistakes_with_reasoning_gym_are_value_errors_of_one_line(fake, dataset, changes, words):
+    with pytest.raises(ValueError) as error:
+        fake[0](dataset, **changes).problem(np.random.default_rng(0))
+    assert words in str(error.value) and '\n' not in str(error.value)
+
+
+@slow
+def test_scores_between_0_and_1_are_paid_by_partial_credit_only(fake):
+    for share in (0.0, 0.5):
+        task = fake[0]('fake', partial_credit=share)
+        problem = task.problem(np.random.default_rng(0))
+        assert task.grade(problem, answered('half')) == (share / 2, False, True)
+
+
+def test_a_missing_reasoning_gym_is_a_module_that_is_not_found(monkeypatch):
+    monkeypatch.setitem(sys.modules, 'reasoning_gym.factory', None)
+    with pytest.raises(ModuleNotFoundError) as error:
+        example('reasoning_gym')()
+    assert error.value.name.partition('.')[0] == 'reasoning_gym'
+
+
+@slow
+@pytest.mark.parametrize('dataset', ['acre', 'basic_arithmetic', 'chain_sum', 'gcd', 'jugs', 'kakurasu'])
+def test_problems_of_reasoning_gym_are_fixed_split_and_graded_by_it(dataset):
+    task, again = make_gym(dataset), make_gym(dataset)
+    draws = [kind.training_problems((1337, 2, 0), range(10)) for kind in (task, again)]
+    problems, rng = [problem for problem, _ in draws[0]], np.random.default_rng(0)
+    held_out = [task.draw(rng, test=True) for _ in range(3)]
     assert problems == [problem for problem, _ in draws[1]]
-    assert not {p['question'] for p in problems} & {p['question'] for p in held_out} and len(held_out) == 10
-    for problem in problems + held_out:
-        assert problem['question'] in task.prompt(problem) and task.prompt(problem).endswith('<think>')
+    assert not {p['question'] for p in problems} & {p['question'] for p in held_out}
+    for problem in problems[:3] + held_out:
+        assert problem['question'] in task.question(problem) and task.canonical(problem) == problem['question']
         assert task.grade(problem, answered(problem['answer'])) == (1, True, True)
-        assert task.grade(problem, f"<answer>{problem['answer']}</answer>") == WRONG, "the format is ours"
+        assert task.grade(problem, f"{ANSWER}{problem['answer']}{END_ANSWER}") == WRONG, "the format is ours"
         for nonsense in ('...', '?', '9' * 250, '[' * 250, '{}', 'null', 'NaN', '-inf', '1e999', 'x' * 257, ' '):
             grade = task.grade(problem, answered(nonsense))
             assert grade.reward == 0 and not grade.correct, nonsense
+    with pytest.raises(ValueError, match='cannot be typed'):
+        task.parse('1 + 2')
 
 
+@slow
 def test_right_is_what_reasoning_gym_says_even_where_it_errs():
     """The README tells of this one; when the package mends it, so should the README."""
     task, rng = make_gym('coin_flip'), np.random.default_rng(0)
@@ -1366,6 +2045,7 @@ def test_right_is_what_reasoning_gym_says_even_where_it_errs():
     assert task.grade(problem, answered('0.59')).correct and not task.grade(problem, answered('0.6')).correct
 
 
+@slow
 def test_partial_scores_of_reasoning_gym_are_paid_when_asked_for():
     for share in (0.0, 0.5):
         task = make_gym('emoji_mystery', partial_credit=share)
@@ -1374,87 +2054,21 @@ def test_partial_scores_of_reasoning_gym_are_paid_when_asked_for():
         assert task.grade(problem, answered(wrong)) == (share * (len(wrong) - 1) / len(wrong), False, True)
 
 
-@pytest.mark.parametrize('name', ['binary_matrix', 'bitwise_arithmetic', 'countdown', 'n_queens',
-                                  'polynomial_multiplication', 'puzzle24', 'simple_integration', 'spiral_matrix'])
-def test_scorers_of_reasoning_gym_that_run_answers_as_code_are_refused(name, tmp_path):
+@slow
+@pytest.mark.parametrize('dataset', ['binary_matrix', 'bitwise_arithmetic', 'countdown', 'n_queens',
+                                     'polynomial_multiplication', 'puzzle24', 'simple_integration', 'spiral_matrix'])
+def test_scorers_of_reasoning_gym_that_run_answers_as_code_are_refused(dataset, tmp_path):
     """And nothing runs, should one of them be asked after all."""
-    task = make_gym(name)
-    with pytest.raises(ValueError, match=f'reasoning_gym:{name} is refused: its scorer runs text as code'):
+    task = make_gym(dataset)
+    with pytest.raises(ValueError, match=f'--dataset={dataset} is refused: its scorer runs text as code'):
         task.problem(np.random.default_rng(0))
     attack = f"__import__('os').mkdir('{tmp_path}/hacked')"
-    assert not task.grade(task.dataset(seed=0)[0], answered(attack)).correct
+    assert not task.grade(task.create(seed=0)[0], answered(attack)).correct
     assert os.listdir(tmp_path) == []
 
 
-def test_scorers_of_reasoning_gym_are_bounded(tmp_path):
-    """In time and in what they may touch. A score that is none, or above 1, is 0 too, and an entry is never written."""
-    task = make_gym('gcd')
-    problem = task.problem(np.random.default_rng(0))
-    def touch(answer, entry):
-        open(tmp_path / 'hacked', 'w')
-    def hide(answer, entry):
-        try:
-            touch(answer, entry)
-        except: # as some scorers do
-            return 0.5
-    bad = [touch, hide, lambda *_: eval('1'), lambda *_: exec('1'), lambda *_: compile('1', '', 'eval'),
-           lambda *_: os.system('true'), lambda *_: subprocess.run('true'), lambda *_: float('nan'), lambda *_: 1.5,
-           lambda *_: -1, lambda *_: None, lambda *_: 1 / 0, lambda *_: Fraction('1e99999999'),
-           lambda answer, entry: entry.clear()]
-    own = task.scorer.score_answer
-    for scorer in bad:
-        task.scorer.score_answer, started = scorer, time.process_time()
-        assert task.grade(problem, answered('1')) == (0, False, True)
-        assert time.process_time() - started < 3
-    task.scorer.score_answer = own
-    assert task.grade(problem, answered(problem['answer'])).correct and os.listdir(tmp_path) == []
-    assert eval('1') == 1, "the watch is over"
-
-
-@pytest.mark.parametrize('name, words', [
-    ('chain_sun', "no task 'chain_sun'; did you mean reasoning_gym:chain_sum?"), ('chain_sum', "no demonstrations"),
-    ('', "no task ''"), ('composite', "Must specify at least one dataset")])
-def test_a_mistake_with_reasoning_gym_gets_one_line(settings, tmp_path, name, words):
-    make_gym('chain_sum')
-    with pytest.raises(SystemExit) as error:
-        main(settings, f'--task=reasoning_gym:{name}', f'--out_dir={tmp_path}/new')
-    assert words in error.value.code and '\n' not in error.value.code
-
-
-def test_a_missing_reasoning_gym_gets_one_line(settings, tmp_path, monkeypatch):
-    monkeypatch.setitem(sys.modules, 'reasoning_gym.factory', None)
-    with pytest.raises(SystemExit, match='error: --task=reasoning_gym:chain_sum .*: pip install reasoning_gym'):
-        main(settings, '--task=reasoning_gym:chain_sum', f'--out_dir={tmp_path}/new')
-
-
-def test_a_pretrained_model_is_trained_on_a_task_of_reasoning_gym(settings, tmp_path, monkeypatch, capsys):
-    """Two steps (GRPO, which does not mind that random weights earn nothing), and sample.py from the checkpoint. Tasks
-    that are refused, and a warm-up, end in one line."""
-    make_gym('chain_sum')
-    make_pretrained(tmp_path / 'model')
-    make_tokenizer(tmp_path / 'model')
-    config = json.load(open(tmp_path / 'model/config.json'))
-    json.dump(config | dict(max_position_embeddings=8192), open(tmp_path / 'model/config.json', 'w'))
-    monkeypatch.chdir(tmp_path)
-    start = [f'--init_from={tmp_path}/model', '--algorithm=grpo', '--batch_size=8', '--max_steps=2',
-             '--num_eval_samples=4', '--max_new_tokens=8', '--device=cpu']
-    main(settings, *start, '--task=reasoning_gym:chain_sum')
-    out = tmp_path / 'out' / 'reasoning_gym_chain_sum'
-    assert [row['step'] for row in metrics(out) if row['phase'] == 'grpo'] == [1, 2]
-    assert json.load(open(out / 'results_summary.json'))['accuracy_by_difficulty'] == {'all': 0}
-    settings()
-    monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--num_problems=2'])
-    sample_py = importlib.import_module('sample')
-    sample_py.main() # the newest run under out/
-    assert '2 problem(s) x 1 response(s): accuracy 0.000' in capsys.readouterr().out
-    settings()
-    monkeypatch.setattr(sys, 'argv', ['sample.py', '--device=cpu', '--prompt=1 + 2'])
-    with pytest.raises(SystemExit, match='cannot be typed'):
-        sample_py.main()
-    for wrong, words in ((['--task=reasoning_gym:countdown'], 'runs text as code'),
-                         (['--task=reasoning_gym:game_of_life_halting'], 'its own answers from nonsense'),
-                         (['--task=reasoning_gym:complex_arithmetic'], 'its own answers from nonsense'),
-                         (['--task=reasoning_gym:gcd', '--warmup_steps=3'], 'has no demonstrations')):
-        with pytest.raises(SystemExit) as error:
-            main(settings, *start, *wrong, f'--out_dir={tmp_path}/wrong')
-        assert words in error.value.code and '\n' not in error.value.code
+@slow
+@pytest.mark.parametrize('dataset', ['game_of_life_halting', 'complex_arithmetic'])
+def test_scorers_of_reasoning_gym_that_like_nonsense_are_refused(dataset):
+    with pytest.raises(ValueError, match='does not tell its own answers from nonsense'):
+        make_gym(dataset).problem(np.random.default_rng(0))

@@ -29,8 +29,6 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_optimizer_state_dict)
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.distributed.tensor import distribute_tensor
@@ -113,7 +111,6 @@ PRETRAINED = dict(
 LOGS = ('metrics.jsonl', 'samples.jsonl')
 PLAIN = ('seconds', 'evaluated', 'warmup_accuracy', 'tracker_id', 'stage1_values', 'step') # what a checkpoint has of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
-WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True) # gathers what is sharded
 rank, world_size = 0, 1 # read_cluster sets them
 stop_signal = 0 # the number of the signal that asked this process to stop
 
@@ -521,6 +518,17 @@ def unshard(x):
     return x.to(device).full_tensor() if hasattr(x, 'full_tensor') else x
 
 
+def gathered(state):
+    """Return a state dict with whole tensors on the CPU. Every rank must call it, rank 0 gets it. (What torch.distributed
+    has for this takes a step of a fresh optimizer, and then resuming is not exact.)"""
+    if isinstance(state, dict):
+        return {name: gathered(value) for name, value in state.items()}
+    if not torch.is_tensor(state): # an optimizer may keep numbers
+        return state
+    whole = unshard(state)
+    return whole.cpu() if rank == 0 else None
+
+
 def frozen_copy(model, weights=None):
     """Return a whole copy of the policy that never trains, in the precision that computes; or with these weights."""
     whole = Transformer.without_memory(model.config).to(getattr(torch, dtype)).requires_grad_(False)
@@ -860,10 +868,10 @@ def save_checkpoint(run, final=False):
     it: a checkpoint is whole or not there. Every rank takes part, because weights are gathered; rank 0 writes."""
     checkpoint = dict(format=FORMAT, task=task, step=run.step, tokenizer=run.tokenizer.state,
                       settings=run.settings | dict(device=device.partition(':')[0]),
-                      config=dataclasses.asdict(run.model.config), model=get_model_state_dict(run.model, options=WHOLE))
+                      config=dataclasses.asdict(run.model.config), model=gathered(run.model.state_dict()))
     if not final:
         checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
-            optimizers=get_optimizer_state_dict(run.model, run.optimizers, options=WHOLE),
+            optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
             scaler=run.scaler.state_dict(), reference=run.reference and run.reference.state_dict(),
             base=None if run.base is run.reference else run.base.state_dict())
     if rank:
@@ -897,7 +905,12 @@ def restore(run, checkpoint):
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
         run.optimizers = make_optimizers(run.model)
-    set_optimizer_state_dict(run.model, run.optimizers, checkpoint['optimizers'], options=WHOLE)
+    for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
+        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
+        for p, averages in optimizer.state.items():
+            for name, value in averages.items():
+                if torch.is_tensor(value): # cloned, because the file is mapped and may have to go
+                    averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
     run.scaler.load_state_dict(checkpoint['scaler'])
     for name, size in zip(LOGS, checkpoint['logged']) if rank == 0 else (): # what came later is logged again
         if os.path.exists(os.path.join(out_dir, name)):
@@ -918,6 +931,8 @@ def checkpoint_if_due(run):
 def catch_signals():
     """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run and leave. A signal
     that is ignored, as under nohup, stays ignored; a second one ends the run at once."""
+    global stop_signal
+    stop_signal = 0
     def request_stop(number, frame):
         global stop_signal
         stop_signal = number

@@ -1,14 +1,13 @@
 """
-A*PO against GRPO and rejection sampling, and A*PO with one setting changed: from the same warmed-up base in assets/,
-with as many sampled responses, over several seeds. Prints a table and draws accuracy against minutes and responses.
+A*PO against GRPO, and A*PO with one setting changed: from the same warmed-up base in assets/, with as many sampled
+responses, over several seeds. Prints a table and draws accuracy against minutes and responses.
 
-    python benchmarks/algorithms.py --seeds=3                      # the three algorithms
+    python benchmarks/algorithms.py --seeds=3                      # the two algorithms
     python benchmarks/algorithms.py --table=rates --seeds=1        # the learning rate of each
     python benchmarks/algorithms.py --table=ablations --seeds=1    # A*PO, one setting away from the default
 
 Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. Only A*PO has a
-stage 1: what it samples there the others get as further steps. Rejection sampling here is its on-policy form: every
-step imitates the right ones among fresh responses, which is A*PO's loss replaced by one line.
+stage 1: what it samples there GRPO gets as further steps.
 """
 import argparse
 import json
@@ -17,22 +16,20 @@ import statistics
 import subprocess
 import sys
 
-import torch
-
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 import train
+from sample import COLORS
+from tasks import TASKS
 
-GRPO, REJECTION = ['--algorithm=grpo'], ['--rejection']
+GRPO = ['--algorithm=grpo']
 TABLES = dict(
-    algorithms={'A*PO': [], 'GRPO': GRPO, 'rejection sampling': REJECTION},
+    algorithms={'A*PO': [], 'GRPO': GRPO},
     rates={f'{name}, learning rate {rate}': [*settings, f'--learning_rate={rate}']
-           for name, settings in [('A*PO', []), ('GRPO', GRPO), ('rejection sampling', REJECTION)]
-           for rate in (1e-4, 2e-4, 4e-4, 8e-4)},
+           for name, settings in [('A*PO', []), ('GRPO', GRPO)] for rate in (1e-4, 2e-4, 4e-4, 8e-4)},
     ablations={' '.join(settings).replace('--', '') or 'default': settings for settings in (
         [], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-4'], ['--beta2=1e-2'],
-        ['--beta2=1e-1'], ['--ref_update_interval=20'], ['--fresh_prompts=False'],
-        ['--fresh_prompts=False', '--filter_failed=True'], ['--partial_credit=0.5'])})
+        ['--beta2=1e-1'], ['--ref_update_interval=20'], ['--fresh_prompts=False'], ['--partial_credit=0.5'])})
 
 
 def main():
@@ -41,24 +38,26 @@ def main():
     parser.add_argument('--table', default='algorithms', choices=TABLES)
     parser.add_argument('--seeds', type=int, default=3)
     args, extra = parser.parse_known_args() # what else is given goes to train.py
-    auto = train.SETTINGS | train.AUTO['cpu'] | train.AUTO.get((args.task, 'cpu'), {}) | train.parse_arguments(extra)
-    results = {name: [run(args.task, seed, settings, auto, extra) for seed in range(1, args.seeds + 1)]
-               for name, settings in TABLES[args.table].items()}
+    kind = TASKS[args.task]
+    common = train.SETTINGS | train.parameters(kind) | kind.defaults # what all runs have, but for the table's
+    common |= {name: train.typed(name, text, common, kind) for name, text in train.read_arguments(extra).items()}
+    results = {name: [run(args.task, seed, settings, common, extra) for seed in range(1, args.seeds + 1)]
+               for name, settings in TABLES[args.table].items()
+               if train.read_arguments(settings).keys() <= common.keys()} # multiplication has no partial_credit
     print_table(results)
-    plot(results, auto, f'out/algorithms/{args.task}_{args.table}.png')
+    plot(results, common, f'out/algorithms/{args.task}_{args.table}.png')
 
 
-def run(task, seed, settings, auto, extra):
-    """Train, unless that was done before; returns the run's folder."""
+def run(task, seed, settings, common, extra):
+    """Train, unless that was done before. Returns the run's folder."""
     words = '_'.join([task, *(word.strip('-') for word in [*settings, *extra]), str(seed)])
     folder = os.path.join('out', 'algorithms', words)
     if os.path.exists(os.path.join(folder, 'peak_memory')):
         return folder
-    more = 0 if settings[:1] not in (GRPO, REJECTION) else stage1_responses(auto) // auto['batch_size']
+    more = stage1_responses(common) // common['batch_size'] if settings[:1] == GRPO else 0
     process = subprocess.Popen([
-        sys.executable, os.path.abspath(__file__) if '--rejection' in settings else os.path.join(top, 'train.py'),
-        f'--task={task}', f'--init_from={top}/assets/{task}_base.pt', f'--out_dir={folder}', f'--seed={seed}',
-        *settings, *extra, f'--max_steps={auto["max_steps"] + more}'])
+        sys.executable, os.path.join(top, 'train.py'), f'--task={task}', f'--init_from={top}/assets/{task}_base.pt',
+        f'--out_dir={folder}', f'--seed={seed}', *settings, *extra, f'--max_steps={common["max_steps"] + more}'])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f'train.py stopped, see above: {folder}')
@@ -67,8 +66,8 @@ def run(task, seed, settings, auto, extra):
     return folder
 
 
-def stage1_responses(auto):
-    return auto['num_train_samples'] * auto['num_responses_per_prompt']
+def stage1_responses(common):
+    return common['num_train_samples'] * common['num_responses_per_prompt']
 
 
 def rows_of(folder):
@@ -89,20 +88,19 @@ def print_table(results):
               f"| {statistics.mean(s['length'] for s in summaries):.0f} | {statistics.mean(memory):.2f} |")
 
 
-def plot(results, auto, path):
-    """Held-out accuracy, the mean over the seeds, against minutes and against sampled responses."""
+def plot(results, common, path):
+    """Draw held-out accuracy, the mean over the seeds, against minutes and against sampled responses."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt
-    from sample import COLORS
     figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', sharey=True)
     for (name, folders), color in zip(results.items(), COLORS * len(results)):
         runs = [[row for row in rows_of(folder) if row['phase'] == 'evaluation'] for folder in folders]
-        first = 0 if 'grpo' in folders[0] or 'rejection' in folders[0] else stage1_responses(auto)
+        first = 0 if 'grpo' in folders[0] else stage1_responses(common)
         steps = [rows[0] for rows in zip(*runs)]
         accuracy = [statistics.mean(row['accuracy'] for row in rows) for rows in zip(*runs)]
         minutes = [statistics.mean(row['seconds'] for row in rows) / 60 for rows in zip(*runs)]
-        responses = [(row['step'] * auto['batch_size'] + first * (row['step'] > 0)) / 1000 for row in steps]
+        responses = [(row['step'] * common['batch_size'] + first * (row['step'] > 0)) / 1000 for row in steps]
         for axis, x in zip(axes, (minutes, responses)):
             axis.plot(x, accuracy, 'o-', color=color, label=name)
     for axis, label in zip(axes, ('minutes', 'thousand responses, those of stage 1 included')):
@@ -112,13 +110,5 @@ def plot(results, auto, path):
     figure.savefig(path, dpi=110)
 
 
-def imitate_right_ones():
-    """train.py with the loss of rejection sampling, which needs no V*."""
-    sys.argv.remove('--rejection')
-    train.apo_loss = lambda logprobs, ref_logprobs, rewards, values, beta2: -(rewards * logprobs).mean()
-    train.estimate_values = lambda run: setattr(run, 'values', torch.zeros(1))
-    train.main()
-
-
 if __name__ == '__main__':
-    imitate_right_ones() if '--rejection' in sys.argv else main()
+    main()

@@ -12,13 +12,12 @@ import numpy as np
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import train
-from sample import pass_at_k
+from sample import EVAL, held_out_problems, load, load_checkpoint, pass_at_k, respond
 from tasks import Countdown, Multiplication
 
 
 def problems(task, count, wanted):
-    """`count` problems that are `wanted`, the same in every run."""
+    """Return `count` problems that are `wanted`, the same in every run."""
     rng, found = np.random.default_rng(2025), []
     while len(found) < count:
         found += [p for p in [task.problem(rng)] if wanted(p)]
@@ -44,12 +43,16 @@ SETS = dict(
 ks = [k for k in (1, 4, 16) if k <= args.num_samples]
 print(f"| task | problems | model | {' | '.join(f'pass@{k}' for k in ks)} | truncated |\n|{'---|' * (4 + len(ks))}")
 for name, sets in SETS.items():
-    for model in ('base', 'trained'):
-        run = train.load_run(f'{top}/assets/{name}_{model}.pt')
+    for which in ('base', 'trained'):
+        path = f'{top}/assets/{name}_{which}.pt'
+        checkpoint = load_checkpoint(path)
+        settings = checkpoint['settings']
+        model, task, tokenizer = load(checkpoint, path)
         for kind, chosen in sets.items():
-            batch, _ = train.rollout(run, chosen or train.held_out_problems(run.task, n), train.EVAL,
-                                     train.eval_temperature, args.num_samples)
-            solved = batch['correct'].view(-1, args.num_samples).sum(1).int().tolist()
-            print(f'| {name} | {kind} | {model} | '
+            batch = respond(model, task, tokenizer, chosen or held_out_problems(task, n), (settings['seed'], EVAL),
+                            args.num_samples, max_new_tokens=settings['max_new_tokens'],
+                            temperature=settings['eval_temperature'])
+            solved = batch.correct.view(-1, args.num_samples).sum(1).int().tolist()
+            print(f'| {name} | {kind} | {which} | '
                   + ' | '.join(f'{pass_at_k(solved, args.num_samples, k):.1%}' for k in ks)
-                  + f" | {batch['truncated'].mean():.1%} |", flush=True)
+                  + f" | {batch.truncated.mean():.1%} |", flush=True)

@@ -14,13 +14,11 @@ import resource
 import statistics
 import subprocess
 import sys
-import time
 
 import torch
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import model
 import train
 
 START = dict(batch_size=64, max_new_tokens=200, d_model=128)
@@ -31,28 +29,27 @@ COLUMNS = ('parameters', 'rollout', 'update', 'memory')
 
 
 def one(arguments):
-    """The step of one row; prints its COLUMNS: a number, seconds of sampling, of the reference and the update, GB."""
-    run = train.build(train.configure(arguments))
+    """Take the steps of one row. Prints its COLUMNS: a number, seconds of sampling, of the reference and the update,
+    GB."""
+    run = train.build(*train.configure(arguments))
     run.base = run.reference = train.frozen_copy(run.model)
-    run.optimizers = train.make_optimizers(run.model, 1e-6)
-    sample = model.sample
-
-    def never_ending(logits, temperature, uniform):
-        logits[:, run.tokenizer.eos] = -torch.inf
-        return sample(logits, temperature, uniform)
-
-    model.sample, times = never_ending, []
-    for _ in range(4):
-        problems, values = train.training_problems(run)
-        started = time.time()
-        batch, seconds = train.rollout(run, problems, train.TRAIN, train.temperature)
-        middle = time.time()
-        train.update(run, batch, values, seconds) # ends with numbers, so a GPU is waited for
-        times.append((middle - started, time.time() - middle))
-    rollout, update = (statistics.median(column) for column in zip(*times[1:]))
-    memory = torch.cuda.max_memory_allocated() if train.device.startswith('cuda') else \
+    run.optimizers = train.make_optimizers(run.model)
+    never_end(run)
+    steps = [train.policy_step(run) for _ in range(4)][1:]
+    rollout, update = (statistics.median(step[f'seconds_{one}'] + step[f'seconds_{other}'] for step in steps)
+                       for one, other in (('rollout', 'grading'), ('reference', 'update')))
+    memory = torch.cuda.max_memory_allocated() if run.settings['device'].startswith('cuda') else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print('RESULT', run.model.num_params(), rollout, update, memory / 1e9)
+
+
+def never_end(run):
+    """Let no response end before the limit: a copy of the policy samples, whose end-of-sequence has a logit of -inf.
+    The policy itself, which scores the responses, stays as it is."""
+    run.rollout_model = train.frozen_copy(run.model)
+    ends = torch.tensor(run.tokenizer.ends, device=run.settings['device'])
+    run.rollout_model.lm_head.register_forward_hook(
+        lambda module, inputs, logits: logits.index_fill(-1, ends, -torch.inf))
 
 
 def main():
@@ -64,7 +61,7 @@ def main():
         if key not in found: # each of the three passes through START
             settings = row | dict(n_layers=4, n_heads=row['d_model'] // 32, n_kv_heads=row['d_model'] // 64,
                                   d_ff=3 * row['d_model'], warmup_steps=0, max_steps=100,
-                                  out_dir=f'out/growth_{os.getpid()}')
+                                  learning_rate=1e-6, out_dir=f'out/growth_{os.getpid()}')
             said = subprocess.run([sys.executable, __file__, 'one', *(f'--{k}={v}' for k, v in settings.items()),
                                    *sys.argv[1:]], capture_output=True, text=True)
             if said.returncode:

@@ -6,10 +6,11 @@ one block.
     python benchmarks/plan.py
 
 Per parameter. Sharded over the ranks: 4 bytes of master weight, 4 of gradient, 8 of AdamW. Whole on every rank: 2 of
-the sampler, 2 of the reference, 2 that autocast makes in an update. With --cpu_offload the GPU holds 2 of one of these
-at a time and, while they are used, two blocks and the embedding with their gradients, 8.
-On the wire, per rank and step: every micro-batch gathers the weights forward and backward and scatters the gradients,
-3 x 4 bytes, and the sampler is refreshed once, 4 (times (ranks - 1) / ranks).
+the model that responds, 2 of the reference, and in an update what computes: 2 that autocast makes or, where the model
+is sharded, 8 of two blocks and the outer weights with their gradients, while they are used. With --cpu_offload the GPU
+holds 2 of one of the two models at a time, and what computes.
+On the wire, per rank and step: every micro-batch gathers the weights in bfloat16 forward and backward and scatters the
+gradients in float32, 2 + 2 + 4 bytes, and the model that responds is refreshed once, 4 (times (ranks - 1) / ranks).
 """
 import functools
 import itertools
@@ -40,7 +41,7 @@ TRIES = [dict(micro_batch_tokens=tokens, rollout_rows=rows, activation_checkpoin
 
 @functools.cache
 def activation_bytes(name, tokens=251):
-    """Bytes that one block keeps for its backward pass, per token, under bfloat16 autocast."""
+    """Count the bytes that one block keeps for its backward pass, per token, under bfloat16 autocast."""
     config = MODELS[name]
     block, kept = Block(config, 0), {}
     weights = {tuple(sorted(p.shape)) for p in block.parameters()} # and their bfloat16 copies, counted elsewhere
@@ -59,20 +60,21 @@ def activation_bytes(name, tokens=251):
 
 @functools.cache
 def parameters(name):
+    """Count the parameters of a model."""
     return Transformer.without_memory(MODELS[name]).num_params()
 
 
 def memory(name, ranks, micro_batch_tokens, rollout_rows, activation_checkpointing, cpu_offload):
-    """Bytes on a GPU while it updates and while it samples."""
+    """Return the bytes on a GPU while it updates and while it samples."""
     config, P = MODELS[name], parameters(name)
     block = activation_bytes(name)
     activations = config.n_layers * 4 * config.d_model + block if activation_checkpointing else config.n_layers * block
     per_token = activations + 14 * config.vocab_size # the logits: float32 and its gradient, bfloat16 and its
     cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * min(rollout_rows, BATCH // ranks) * LENGTH
-    embedding = config.vocab_size * config.d_model
-    used = 8 * (embedding + 2 * (P - embedding) / config.n_layers)
-    update, sampling = (2 * P + used, 2 * P) if cpu_offload else (P * (16 / ranks + 6), P * (12 / ranks + 4))
-    return update + micro_batch_tokens * per_token, sampling + cache
+    outer = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2) # embedding and output weights
+    computes = 8 * (outer + 2 * (P - outer) / config.n_layers) if cpu_offload or ranks > 1 else 2 * P
+    update, sampling = (2 * P, 2 * P) if cpu_offload else (P * (16 / ranks + 4), P * (12 / ranks + 4))
+    return update + computes + micro_batch_tokens * per_token, sampling + cache
 
 
 def gb(x):
@@ -85,7 +87,7 @@ print('| model | parameters | activations a token | ranks | update | sampling | 
 for name, config in MODELS.items():
     for ranks in (1, 8, 64):
         pieces = max(1, round(BATCH // ranks * LENGTH * USED / DEFAULTS['micro_batch_tokens']))
-        wire = parameters(name) * (12 * pieces + 4) * (ranks - 1) / ranks
+        wire = parameters(name) * (8 * pieces + 4) * (ranks - 1) / ranks
         update, sampling = map(gb, memory(name, ranks, **DEFAULTS))
         print(f'| {name} | {parameters(name) / 1e6:,.0f} M | {config.n_layers * activation_bytes(name) / 1e6:.2f} MB '
               f'| {ranks} | {update} | {sampling} | {gb(wire) if ranks > 1 else "none"} |')

@@ -14,7 +14,7 @@ import sys
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import train
+from sample import EVAL, held_out_problems, load, load_checkpoint, respond
 from tasks import END_THINK, evaluate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -24,7 +24,7 @@ args = parser.parse_args()
 
 
 def attempts(lines):
-    """The search lines among these, each with the join that it stands under, and without the steps of a solution."""
+    """Yield the search lines among these, each with its join in front and without the steps of a solution."""
     join = ''
     for line in lines:
         if ')' in line:
@@ -34,7 +34,7 @@ def attempts(lines):
 
 
 def is_true(step):
-    """Of '14-2=12'."""
+    """Say whether a step such as '14-2=12' is right."""
     try:
         return evaluate(step.partition('=')[0])[0] == int(step.partition('=')[2])
     except ValueError: # what is no sum at all
@@ -44,28 +44,31 @@ def is_true(step):
 print('| model | right | gives up | cut off | wrong after a solution | other | attempts | repeated | with a mistake '
       '| right without steps | with a false step |\n' + '|---' * 11 + '|')
 for name in ('base', 'trained'):
-    run = train.load_run(f'{top}/assets/countdown_{name}.pt')
-    problems = train.held_out_problems(run.task, args.num_problems)
-    batch, _ = train.rollout(run, problems, train.EVAL, train.eval_temperature)
+    path = f'{top}/assets/countdown_{name}.pt'
+    checkpoint = load_checkpoint(path)
+    settings = checkpoint['settings']
+    model, task, tokenizer = load(checkpoint, path)
+    batch = respond(model, task, tokenizer, held_out_problems(task, args.num_problems), (settings['seed'], EVAL),
+                    max_new_tokens=settings['max_new_tokens'], temperature=settings['eval_temperature'])
     count, right = collections.Counter(), []
-    for problem, text, correct, truncated in zip(problems, batch['texts'], batch['correct'], batch['truncated']):
+    for problem, text, correct, truncated in zip(batch.problems, batch.texts, batch.correct, batch.truncated):
         thinking, _, answer = text.partition(END_THINK)
         lines = thinking.split('\n')
         steps = lines[-1].split(':')[2].split() if lines[-1].count(':') == 2 else []
         count['right' if correct else 'cut off' if truncated else 'wrong after a solution' if steps else
               'gives up' if '+'.join(map(str, problem.numbers)) in answer else 'other'] += 1
         if correct:
-            right.append(f"{run.task.prompt(problem)}{text}")
+            right.append(f"{tokenizer.prompt(task, problem)}{text}")
             count['no steps'] += not steps
             count['false step'] += not all(map(is_true, steps))
-        true = collections.Counter(attempts(line for line, _ in run.task.search(problem)))
+        true = collections.Counter(attempts(line for line, _ in task.search(problem)))
         written = collections.Counter(attempts(lines[:-1] if steps or truncated else lines)) # the last one is cut short
         count['attempts'] += written.total() + bool(steps)
         count['repeated'] += sum(max(0, n - max(1, true[line])) for line, n in written.items())
         count['mistake'] += sum(n for line, n in written.items() if not true[line])
-    shares = [f'{count[key] / len(problems):.1%}' for key in
+    shares = [f'{count[key] / len(batch.texts):.1%}' for key in
               ('right', 'gives up', 'cut off', 'wrong after a solution', 'other')]
-    print(f"| {name} | {' | '.join(shares)} | {count['attempts'] / len(problems):.1f} a response "
+    print(f"| {name} | {' | '.join(shares)} | {count['attempts'] / len(batch.texts):.1f} a response "
           f"| {count['repeated'] / count['attempts']:.1%} | {count['mistake'] / count['attempts']:.1%} "
           f"| {count['no steps']} of {len(right)} | {count['false step']} of {len(right)} |", flush=True)
 print('\n\n'.join(['', *right[:args.read]]))

@@ -19,8 +19,9 @@ import torch
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import train
-from model import generate, save_pretrained
+from examples.export import save_pretrained
+from model import generate
+from sample import held_out_problems, load, load_checkpoint
 
 try:
     from transformers import AutoModelForCausalLM
@@ -33,16 +34,17 @@ parser.add_argument('--rows', type=int, default=256)
 parser.add_argument('--pairs', type=int, default=5)
 args = parser.parse_args()
 
-run = train.load_run(args.checkpoint)
-eos, device, limit = run.tokenizer.eos, run.model.embed.weight.device, train.max_new_tokens
-prompts = [run.tokenizer.encode(run.task.prompt(p)) for p in train.held_out_problems(run.task, args.rows)]
+checkpoint = load_checkpoint(args.checkpoint)
+model, task, tokenizer = load(checkpoint, args.checkpoint)
+eos, device, limit = tokenizer.ends[0], model.embed.weight.device, checkpoint['settings']['max_new_tokens']
+prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in held_out_problems(task, args.rows)]
 with tempfile.TemporaryDirectory() as folder:
-    save_pretrained(run.model, f'{folder}/model', eos)
+    save_pretrained(model, f'{folder}/model', tokenizer.ends)
     theirs = AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32).to(device).eval()
 
 
 def ours(temperature):
-    tokens, mask = generate(run.sampler, prompts, limit, temperature, eos)
+    tokens, mask = generate(model, prompts, limit, temperature, [eos])
     return [row[marked].tolist() for row, marked in zip(tokens, mask)]
 
 

@@ -10,12 +10,12 @@ import sys
 import numpy as np
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train
-from tasks import Tokenizer, evaluate
+from sample import held_out_problems
+from tasks import Countdown, Tokenizer, evaluate
 
-task = train.make_task()
+task = Countdown()
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
-problems = train.held_out_problems(task, train.num_eval_samples)
+problems = held_out_problems(task, 2000)
 
 
 def random_expression(numbers):
@@ -28,6 +28,7 @@ def random_expression(numbers):
 
 
 def tries_until_right(problem, most):
+    """Count the random expressions up to the first that is right, or most + 1."""
     for count in range(1, most + 1):
         if evaluate(random_expression(problem.numbers))[0] == problem.target:
             return count
@@ -35,7 +36,7 @@ def tries_until_right(problem, most):
 
 
 def tokens_until_right(problem):
-    """Of the search, with its last line but without the steps and the answer behind that; infinite if it fails."""
+    """Count the tokens of the search, its last line without the steps and the answer; infinite if it fails."""
     tokens = 0
     for line, solution in task.search(problem):
         tokens += len(tokenizer.encode(line + '\n'))
@@ -45,6 +46,7 @@ def tokens_until_right(problem):
 
 
 def row(name, needed, limit):
+    """Print the share of the problems that need no more than the limit."""
     shares = [np.mean([n <= limit for p, n in zip(problems, needed) if task.difficulty(p) == group])
               for group in ('3 numbers', '4 numbers')]
     print(f'| {name} | {np.mean(np.array(needed) <= limit):.1%} | ' + ' | '.join(f'{s:.1%}' for s in shares) + ' |')

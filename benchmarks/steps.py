@@ -5,9 +5,9 @@ Seconds of one whole A*PO step (sample, log-probabilities of the reference, upda
     pip install trl==1.16.0                   # brings transformers, datasets, accelerate and safetensors
     python benchmarks/steps.py                # all rows of the table, 5 minutes on two cores; --rows=1 only the first
 
-In rows 1 and 2 (random weights) no response ends before the limit, so that both do the same work: while sampling, the
-logit of end-of-sequence is -inf, ours by a line around model.sample, theirs by generate's suppress_tokens. In rows 3
-and 4 responses end by themselves. First both must give the same log-probabilities, rewards and gradient on the same
+In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling, the
+logit of end-of-sequence is -inf, ours by a hook (see growth.py), theirs by generate's suppress_tokens. In rows 3 and 4
+responses end by themselves. First both must give the same log-probabilities, rewards and gradient on the same
 responses.
 
 Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on ours also drawing
@@ -20,7 +20,7 @@ rates are 1e-6, so that responses keep their length. The steps come in pairs, th
 problems, in one process; the ratio is the median over the pairs, with the least and the greatest.
 """
 import argparse
-import dataclasses
+import contextlib
 import os
 import re
 import statistics
@@ -33,9 +33,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import model
 import train
 from apo import apo_loss, sequence_logprobs
+from examples.export import save_pretrained
+from growth import never_end
+from model import token_logprobs
+from sample import TRAIN, respond
 
 os.environ['HF_HUB_DISABLE_TELEMETRY'] = '1'
 try:
@@ -47,62 +50,59 @@ try:
 except ImportError:
     sys.exit('error: this comparison needs a package: pip install trl==1.16.0')
 
-SIZES_5M = dict(d_model=256, n_layers=6, n_heads=8, n_kv_heads=8, d_ff=768)
-# Base in assets/, sizes of a random model in its place, prompts, limit of length, whether responses end by themselves,
-# and in how many pieces TRL takes the batch.
+RANDOM_5M = ['--warmup_steps=0', '--d_model=256', '--n_layers=6', '--n_heads=8', '--n_kv_heads=8', '--d_ff=768']
+# Task, where the weights come from, prompts, limit of length, whether responses end by themselves, and in how many
+# pieces TRL takes the batch.
 ROWS = [
-    ('countdown', {}, 256, 48, False, 1),
-    ('countdown', SIZES_5M, 256, 64, False, 1),
-    ('multiplication', {}, 256, 96, True, 1),
-    ('countdown', {}, 128, 800, True, 4)]
-sample = model.sample
+    ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 256, 48, False, 1),
+    ('countdown', RANDOM_5M, 256, 64, False, 1),
+    ('multiplication', [f'--init_from={top}/assets/multiplication_base.pt'], 256, 96, True, 1),
+    ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 128, 800, True, 4)]
 
 
-def our_run(task, sizes, prompts, limit, ends):
-    """What train.main has when stage 2 begins."""
-    run = train.load_run(f'{top}/assets/{task}_base.pt', device='cpu', dtype='float32', batch_size=prompts,
-                         max_new_tokens=limit, max_steps=1000, learning_rate=1e-6)
-    if sizes:
-        run.model = run.sampler = model.Transformer(dataclasses.replace(run.model.config, head_dim=0, **sizes))
+def our_run(task, weights, prompts, limit, ends, folder):
+    """Return what train.main has when stage 2 begins."""
+    with contextlib.redirect_stdout(sys.stderr): # out of the table
+        run = train.build(*train.configure([
+            f'--task={task}', *weights, f'--batch_size={prompts}', f'--max_new_tokens={limit}', '--max_steps=1000',
+            '--learning_rate=1e-6', '--device=cpu', f'--out_dir={folder}/ours']))
     run.base = run.reference = train.frozen_copy(run.model)
-    run.optimizers = train.make_optimizers(run.model, train.learning_rate)
-
-    def never_ending(logits, temperature, uniform):
-        logits[:, run.tokenizer.eos] = -torch.inf
-        return sample(logits, temperature, uniform)
-
-    model.sample = sample if ends else never_ending
+    run.optimizers = train.make_optimizers(run.model)
+    if not ends:
+        never_end(run)
     return run
 
 
 def their_trainer(run, ends, pieces, steps, folder):
-    """TRL's trainer with our weights and problems. The text that it sees is our token ids with spaces between them."""
-    model.save_pretrained(run.model, f'{folder}/model', run.tokenizer.eos)
+    """Return TRL's trainer with our weights and problems; the text that it sees is our token ids with spaces between."""
+    settings = run.settings
+    save_pretrained(run.model, f'{folder}/model', run.tokenizer.ends)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32)
     words = Tokenizer(models.WordLevel({str(i): i for i in range(len(run.tokenizer.tokens))}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    eos = str(run.tokenizer.eos)
+    eos = str(run.tokenizer.ends[0])
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos, pad_token=eos,
                                                      padding_side='left')
     problems = [p for step in range(steps) # those that ours will draw
-                for p, _ in train.draw(run.task, train.TRAIN, run.step - train.warmup_steps + step, train.batch_size)]
-    prompts = [' '.join(map(str, run.tokenizer.encode(run.task.prompt(p)))) for p in problems]
+                for p, _ in run.task.training_problems((settings['seed'], TRAIN, step), range(settings['batch_size']))]
+    prompts = [' '.join(map(str, run.tokenizer.encode(run.tokenizer.prompt(run.task, p)))) for p in problems]
 
     def reward(completions, puzzle, **others): # the text lacks the end-of-sequence: at the limit, there was none
         responses = [list(map(int, text.split())) for text in completions]
-        return [0.0 if len(ids) == train.max_new_tokens else
+        return [0.0 if len(ids) == settings['max_new_tokens'] else
                 run.task.grade(problems[i], run.tokenizer.decode(ids)).reward for i, ids in zip(puzzle, responses)]
 
     config = A2POConfig(
-        f'{folder}/out', per_device_train_batch_size=train.batch_size // pieces, gradient_accumulation_steps=pieces,
-        max_steps=steps, max_completion_length=train.max_new_tokens, top_k=0, beta1=train.beta1, beta2=train.beta2,
-        learning_rate=train.learning_rate, max_grad_norm=train.grad_clip, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, train_sampling_strategy='sequential', logging_strategy='no', save_strategy='no',
-        report_to='none', disable_tqdm=True)
+        f'{folder}/theirs', per_device_train_batch_size=settings['batch_size'] // pieces,
+        gradient_accumulation_steps=pieces, max_steps=steps, max_completion_length=settings['max_new_tokens'], top_k=0,
+        beta1=settings['beta1'], beta2=settings['beta2'], learning_rate=settings['learning_rate'],
+        max_grad_norm=settings['grad_clip'], use_cpu=True, bf16=False, gradient_checkpointing=False,
+        train_sampling_strategy='sequential', logging_strategy='no', save_strategy='no', report_to='none',
+        disable_tqdm=True)
     trainer = A2POTrainer(theirs, reward, config, processing_class=tokenizer, train_dataset=Dataset.from_dict(
         dict(prompt=prompts, puzzle=list(range(len(prompts))))))
     trainer._optimal_values = dict.fromkeys(prompts, 0.5) # in place of stage 1
-    trainer.generation_config.suppress_tokens = None if ends else [run.tokenizer.eos]
+    trainer.generation_config.suppress_tokens = None if ends else run.tokenizer.ends
     trainer.remove_callback(transformers.PrinterCallback)
     return trainer
 
@@ -118,18 +118,12 @@ class Pairs(transformers.TrainerCallback):
 
     def on_step_end(self, *_, **__):
         middle = time.time()
-        self.lengths.append(our_step(self.run)['length'])
+        self.lengths.append(train.policy_step(self.run)['length'])
         self.seconds.append((middle - self.started, time.time() - middle))
 
 
-def our_step(run):
-    problems, values = train.training_problems(run)
-    batch, seconds = train.rollout(run, problems, train.TRAIN, train.temperature)
-    return train.update(run, batch, values, seconds)
-
-
 def print_bound(run):
-    """The least that a step could take: its matrix multiplies at the rate of a large one."""
+    """Print the least that a step could take: its matrix multiplies at the rate of a large one."""
     x = torch.randn(2048, 2048)
     seconds = []
     for _ in range(10):
@@ -138,9 +132,9 @@ def print_bound(run):
         seconds.append(time.time() - started)
     rate = 2 * 2048 ** 3 / statistics.median(seconds)
     with FlopCounterMode(display=False) as counter:
-        our_step(run)
+        train.policy_step(run)
     with torch.profiler.profile() as profiler:
-        our_step(run)
+        train.policy_step(run)
     spent = {event.key: event.self_cpu_time_total for event in profiler.key_averages()}
     share = lambda words: sum(t for name, t in spent.items() if re.search(words, name)) / sum(spent.values())
     flops = counter.get_total_flops()
@@ -149,26 +143,28 @@ def print_bound(run):
 
 
 def check(run, trainer, rows=32):
-    """Log-probabilities, rewards, and the gradient at the embedding, on the same responses."""
-    problems = [p for p, _ in train.draw(run.task, train.TRAIN, run.step - train.warmup_steps, rows)]
-    batch, _ = train.rollout(run, problems, train.TRAIN, train.temperature)
-    tokens, mask = batch['tokens'], batch['mask']
-    ours = sequence_logprobs(train.token_logprobs(run.model, tokens, mask)[0], mask)
+    """Compare log-probabilities, rewards, and the gradient at the embedding, on the same responses."""
+    settings, key = run.settings, (run.settings['seed'], TRAIN, 0)
+    problems = [p for p, _ in run.task.training_problems(key, range(rows))]
+    batch = respond(run.rollout_model, run.task, run.tokenizer, problems, key,
+                    max_new_tokens=settings['max_new_tokens'], temperature=settings['temperature'])
+    tokens, mask = batch.tokens, batch.mask
+    ours = sequence_logprobs(token_logprobs(run.model, tokens, mask)[0], mask)
     rewards, values = torch.arange(rows) % 2.0, torch.full((rows,), 0.3)
-    apo_loss(ours, ours.detach(), rewards, values, train.beta2).backward()
+    apo_loss(ours, ours.detach(), rewards, values, settings['beta2']).backward()
 
     # Theirs is padded on the left of the prompts and on the right of the responses.
     starts, lengths = mask.int().argmax(1).tolist(), mask.sum(1).tolist()
     left, right = max(starts), max(lengths)
-    ids, seen = torch.full((rows, left + right), run.tokenizer.eos), torch.zeros(rows, left + right).long()
+    ids, seen = torch.full((rows, left + right), run.tokenizer.ends[0]), torch.zeros(rows, left + right).long()
     for i, (start, length) in enumerate(zip(starts, lengths)):
         ids[i, left - start:left + length], seen[i, left - start:left + length] = tokens[i, :start + length], 1
     theirs = trainer._get_sequence_logps(trainer.ref_model, ids, seen, right).detach()
     loss = trainer.compute_loss(trainer.model, dict(input_ids=ids, attention_mask=seen, logits_to_keep=right,
                                                     ref_logps=theirs, rewards=rewards, v_star=values))
-    (loss / (2 * train.beta2)).backward() # the scale of apo_loss
+    (loss / (2 * settings['beta2'])).backward() # the scale of apo_loss
     texts = trainer.processing_class.batch_decode(ids[:, left:], skip_special_tokens=True)
-    same = (torch.tensor(trainer.reward_funcs[0](texts, range(rows))) == batch['reward']).sum()
+    same = (torch.tensor(trainer.reward_funcs[0](texts, range(rows))) == batch.reward).sum()
     gradient, their_gradient = run.model.embed.weight.grad, trainer.model.get_input_embeddings().weight.grad
     apart = (theirs - ours).abs().max().item(), ((gradient - their_gradient).norm() / gradient.norm()).item()
     print(f'{rows} responses: log-probabilities, {ours.mean():.1f} on average, at most {apart[0]:.1e} apart; gradients '
@@ -191,9 +187,9 @@ print(f'trl {trl.__version__}, transformers {transformers.__version__}, torch {t
 print('| one step of A*PO | parameters | tokens a response | ours, s | TRL, s | ratio: median (least to greatest) |\n'
       '|---|---|---|---|---|---|', flush=True)
 for row in args.rows.split(','):
-    task, sizes, prompts, limit, ends, pieces = ROWS[int(row) - 1]
+    task, weights, prompts, limit, ends, pieces = ROWS[int(row) - 1]
     with tempfile.TemporaryDirectory() as folder:
-        run = our_run(task, sizes, prompts, limit, ends)
+        run = our_run(task, weights, prompts, limit, ends, folder)
         trainer, pairs = their_trainer(run, ends, pieces, args.pairs + 1, folder), Pairs(run)
         check(run, trainer)
         trainer.add_callback(pairs)

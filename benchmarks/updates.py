@@ -19,8 +19,8 @@ import torch.nn.functional as F
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import train
-from model import SIZES, ModelConfig, Transformer
+from model import SIZES, ModelConfig, Transformer, micro_batches, token_logprobs, trim
+from sample import EVAL, held_out_problems, load, load_checkpoint, respond
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--checkpoint', default=f'{top}/assets/countdown_trained.pt')
@@ -29,16 +29,16 @@ parser.add_argument('--pairs', type=int, default=5)
 args = parser.parse_args()
 
 
-def ours(model, tokens, mask):
-    for rows in train.micro_batches(mask):
-        logprobs, _ = train.token_logprobs(model, *train.trim(tokens[rows], mask[rows]))
+def ours(model, tokens, mask, dtype):
+    for rows in micro_batches(mask, micro_batch_tokens):
+        logprobs, _ = token_logprobs(model, *trim(tokens[rows], mask[rows]), dtype=dtype)
         logprobs.sum().backward()
 
 
-def padded(model, tokens, mask):
+def padded(model, tokens, mask, dtype):
     for rows in torch.arange(len(tokens)).split(16):
         end = int(mask[rows].any(0).nonzero().max()) + 1
-        with torch.autocast(train.device, getattr(torch, train.dtype), enabled=train.dtype != "float32"):
+        with torch.autocast('cpu', getattr(torch, dtype), enabled=dtype != 'float32'):
             logits, _ = model(tokens[rows, :end - 1])
         logprobs = -F.cross_entropy(logits.float().flatten(0, 1), tokens[rows, 1:end].flatten(), reduction='none')
         (logprobs * mask[rows, 1:end].flatten()).sum().backward()
@@ -50,46 +50,50 @@ def seconds(function, *arguments):
     return time.time() - started
 
 
-def gradient(function, model, *batch):
+def gradient(function, model, *arguments):
     model.zero_grad()
-    function(model, *batch)
+    function(model, *arguments)
     return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
 
 
-def compare(name, model, tokens, mask):
-    """A line of the table; returns the seconds of our fastest pass."""
-    a, b = (gradient(function, model, tokens, mask) for function in (ours, padded))
-    if (a - b).norm() > (1e-4 if train.dtype == 'float32' else 3e-2) * b.norm():
+def compare(name, model, tokens, mask, dtype):
+    """Print a line of the table. Returns the seconds of our fastest pass."""
+    a, b = (gradient(function, model, tokens, mask, dtype) for function in (ours, padded))
+    if (a - b).norm() > (1e-4 if dtype == 'float32' else 3e-2) * b.norm():
         sys.exit('error: the two do not compute the same gradient')
-    pairs = [(seconds(ours, model, tokens, mask), seconds(padded, model, tokens, mask)) for _ in range(args.pairs)]
+    pairs = [tuple(seconds(function, model, tokens, mask, dtype) for function in (ours, padded))
+             for _ in range(args.pairs)]
     ratios = sorted(b / a for a, b in pairs)
     count = mask.sum().item()
-    print(f'| {name} | {train.dtype} | {count / statistics.median(a for a, _ in pairs):,.0f} '
+    print(f'| {name} | {dtype} | {count / statistics.median(a for a, _ in pairs):,.0f} '
           f'| {count / statistics.median(b for _, b in pairs):,.0f} '
           f'| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |', flush=True)
     return min(a for a, _ in pairs)
 
 
 def matmul_rate(dtype, n=2048):
-    """Floating-point operations per second of a square matrix multiply, the best of ten."""
+    """Return the floating-point operations per second of a square matrix multiply, the best of ten."""
     x = torch.randn(n, n).to(dtype)
     return 2 * n ** 3 / min(seconds(torch.mm, x, x) for _ in range(10))
 
 
-run = train.load_run(args.checkpoint)
-batch, _ = train.rollout(run, train.held_out_problems(run.task, args.rows), train.EVAL, train.temperature)
-tokens, mask = batch['tokens'], batch['mask']
+checkpoint = load_checkpoint(args.checkpoint)
+settings = checkpoint['settings']
+micro_batch_tokens = settings['micro_batch_tokens']
+model, task, tokenizer = load(checkpoint, args.checkpoint, device='cpu')
+batch = respond(model, task, tokenizer, held_out_problems(task, args.rows), (settings['seed'], EVAL),
+                max_new_tokens=settings['max_new_tokens'], temperature=settings['temperature'])
+tokens, mask = batch.tokens, batch.mask
 print(f'{len(tokens)} responses of {mask.sum(1).float().mean():.0f} tokens on average, the longest row '
-      f'{tokens.size(1)}; micro-batches of {train.micro_batch_tokens} tokens; {torch.get_num_threads()} threads\n'
+      f'{tokens.size(1)}; micro-batches of {micro_batch_tokens} tokens; {torch.get_num_threads()} threads\n'
       '| forward and backward | precision | ours, tokens/s | padded | ratio: median (least to greatest) |\n'
       '|---|---|---|---|---|')
-compare('0.8M', run.model, tokens, mask)
+compare('0.8M', model.requires_grad_(), tokens, mask, 'float32')
 few = torch.arange(0, len(tokens), 8) # an eighth of the rows, for it is sixty times as large
-tokens, mask = train.trim(tokens[few], mask[few])
-model = Transformer(ModelConfig(run.model.config.vocab_size, run.model.config.max_seq_len, **SIZES['50m']))
-train.dtype = 'bfloat16'
-best = compare('50M', model, tokens, mask)
-cells = sum(len(rows) * train.trim(tokens[rows], mask[rows])[0].size(1) for rows in train.micro_batches(mask))
+tokens, mask = trim(tokens[few], mask[few])
+model = Transformer(ModelConfig(model.config.vocab_size, model.config.max_seq_len, **SIZES['50m']))
+best = compare('50M', model, tokens, mask, 'bfloat16')
+cells = sum(trim(tokens[rows], mask[rows])[0].numel() for rows in micro_batches(mask, micro_batch_tokens))
 rate = 6 * model.num_params() * cells / best # attention, a few percent, is left out
 print(f'the 50M model computes {rate / 1e9:.0f} GFLOP/s, padding counted, where bfloat16 matrix multiplies run at '
       f'{matmul_rate(torch.bfloat16) / 1e9:.0f} and float32 ones at {matmul_rate(torch.float32) / 1e9:.0f}')

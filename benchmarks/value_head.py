@@ -10,11 +10,10 @@ import argparse
 import os
 import sys
 
-import torch
-
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import train
 from apo import optimal_value
+from model import token_logprobs
+from sample import EVAL, held_out_problems, load, load_checkpoint, respond
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--checkpoint', required=True)
@@ -22,21 +21,23 @@ parser.add_argument('--num_problems', type=int, default=300)
 parser.add_argument('--num_samples', type=int, default=16)
 args = parser.parse_args()
 
-run = train.load_run(args.checkpoint)
-problems = train.held_out_problems(run.task, args.num_problems)
-batch, _ = train.rollout(run, problems, train.EVAL, train.temperature, args.num_samples)
-rewards = batch['reward'].view(len(problems), -1)
-with torch.no_grad():
-    first = slice(None, None, args.num_samples)
-    _, predicted = train.token_logprobs(run.model, batch['tokens'][first], batch['mask'][first])
+checkpoint = load_checkpoint(args.checkpoint)
+settings = checkpoint['settings']
+model, task, tokenizer = load(checkpoint, args.checkpoint)
+problems = held_out_problems(task, args.num_problems)
+batch = respond(model, task, tokenizer, problems, (settings['seed'], EVAL), args.num_samples,
+                max_new_tokens=settings['max_new_tokens'], temperature=settings['temperature'])
+rewards = batch.reward.view(len(problems), -1)
+first = slice(None, None, args.num_samples)
+_, predicted = token_logprobs(model, batch.tokens[first], batch.mask[first])
 
 
 def r_squared(guess, truth):
     return 1 - ((guess - truth).square().mean() / truth.var(unbiased=False)).item()
 
 
-truth = optimal_value(rewards, train.beta1)
-one, other = (optimal_value(half, train.beta1) for half in rewards.chunk(2, dim=1))
+truth = optimal_value(rewards, settings['beta1'])
+one, other = (optimal_value(half, settings['beta1']) for half in rewards.chunk(2, dim=1))
 noise = (one - other).square().mean() / 4 # variance of V* of all N, from the difference of its halves
 print(f'{len(problems)} unseen prompts x {args.num_samples} responses: mean V* {truth.mean():.3f}, predicted '
       f'{predicted.mean():.3f}, R^2 {r_squared(predicted, truth):.2f}, at best '
