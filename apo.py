@@ -25,10 +25,11 @@ import torch
 
 def optimal_value(rewards, beta1):
     """
-    Estimate V*(x) from N rewards of the frozen reference (formula 1). The best reward m is taken out, so that no beta1
-    overflows; expm1 and log1p keep it exact where beta1 is large.
+    Estimate V*(x) from N rewards of the frozen reference (formula 1). The best reward m is taken
+    out, so that no beta1 overflows; expm1 and log1p keep it exact where beta1 is large.
 
-    rewards (prompts, N) -> (prompts,), between the mean (beta1 -> infinity) and the best (beta1 -> 0) of each row.
+    rewards (prompts, N) -> (prompts,), between the mean (beta1 -> infinity) and the best (beta1 ->
+    0) of each row.
     """
     best = rewards.amax(dim=1, keepdim=True) # m
     mean = torch.expm1((rewards - best) / beta1).mean(dim=1) # of exp((r - m) / beta1) - 1
@@ -36,18 +37,20 @@ def optimal_value(rewards, beta1):
 
 
 def sequence_logprobs(token_logprobs, mask):
-    """Sum log pi(y|x) (formula 3), not a mean, in float32, over the response up to and including end-of-sequence.
-    token_logprobs, mask (B, T) -> (B,)."""
+    """Sum log pi(y|x) (formula 3), not a mean, in float32, over the response up to and including
+    end-of-sequence. token_logprobs, mask (B, T) -> (B,)."""
     return (token_logprobs.float() * mask).sum(dim=1)
 
 
 def apo_loss(logprobs, ref_logprobs, rewards, values, beta2):
     """
-    Regress on the optimal advantage (formula 2). All arguments (B,); logprobs carries the gradient -> scalar.
+    Regress on the optimal advantage (formula 2). All arguments (B,); logprobs carries the gradient
+    -> scalar.
 
-    Zero exactly when beta2 (logprobs - ref_logprobs) = rewards - values. Divided by 2 beta2, which leaves the minimum
-    where it is and brings the gradient to the scale of a policy gradient, (V* - r + beta2 log-ratio) grad log pi: so
-    learning rate and gradient clipping mean what they mean elsewhere.
+    Zero exactly when beta2 (logprobs - ref_logprobs) = rewards - values. Divided by 2 beta2, which
+    leaves the minimum where it is and brings the gradient to the scale of a policy gradient, (V* -
+    r + beta2 log-ratio) grad log pi: so learning rate and gradient clipping mean what they mean
+    elsewhere.
     """
     return residual(logprobs, ref_logprobs, rewards, values, beta2).square().mean() / (2 * beta2)
 
@@ -59,9 +62,9 @@ def residual(logprobs, ref_logprobs, rewards, values, beta2):
 
 def value_loss(values, rewards, beta1):
     """
-    Regress the value head on V* (Gumbel regression, arXiv 2301.02328): at its minimum
-    E[exp((r - V) / beta1)] = 1, which is formula 1. It needs no groups: the mean over samples of one prompt, or one
-    sample of each of many, will do.
+    Regress the value head on V* (Gumbel regression, arXiv 2301.02328): at its minimum E[exp((r - V)
+    / beta1)] = 1, which is formula 1. It needs no groups: the mean over samples of one prompt, or
+    one sample of each of many, will do.
 
     values (B,) with gradient, rewards (B, N) with any N -> scalar, 0 at best.
     """
@@ -77,13 +80,13 @@ def group_advantages(rewards):
 
 def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     """
-    Compute the loss of GRPO, to compare with (DeepSeekMath, arXiv 2402.03300; no KL term and a mean over all tokens, as
-    in DAPO, arXiv 2503.14476).
+    Compute the loss of GRPO, to compare with (DeepSeekMath, arXiv 2402.03300; no KL term and a mean
+    over all tokens, as in DAPO, arXiv 2503.14476).
 
-    The ratio to the policy that sampled is clipped at every token. On the first update of a batch the two are the same
-    policy: the ratio is 1, the clip does nothing, and this is REINFORCE with the group as the baseline. From the second
-    one on (train.py's updates_per_batch) it acts. logprobs with gradient, old_logprobs, mask (B, T), advantages (B,) ->
-    scalar.
+    The ratio to the policy that sampled is clipped at every token. On the first update of a batch
+    the two are the same policy: the ratio is 1, the clip does nothing, and this is REINFORCE with
+    the group as the baseline. From the second one on (train.py's updates_per_batch) it acts.
+    logprobs with gradient, old_logprobs, mask (B, T), advantages (B,) -> scalar.
     """
     ratio, advantages = (logprobs - old_logprobs).exp(), advantages[:, None] # (B, T), (B, 1)
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)

@@ -50,8 +50,8 @@ class ModelConfig:
             raise ValueError(f"rotary positions turn pairs of features, so head_dim={self.head_dim} must be even")
 
 
-# Named sizes besides train.py's default. The published configuration is advertised as 50M; with SwiGLU's three
-# matrices it is 201M.
+# Named sizes besides train.py's default. The published configuration is advertised as 50M; with
+# SwiGLU's three matrices it is 201M.
 SIZES = {
     '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, d_ff=2048),
     'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
@@ -59,8 +59,8 @@ SIZES = {
 
 
 class KVCache:
-    """Keys and values of every layer for the positions seen so far, allocated once:
-    (n_layers, B, n_kv_heads, max_len, head_dim). All rows are at the same position (see generate), so no mask is
+    """Keys and values of every layer for the positions seen so far, allocated once: (n_layers, B,
+    n_kv_heads, max_len, head_dim). All rows are at the same position (see generate), so no mask is
     needed to read it."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
@@ -69,7 +69,8 @@ class KVCache:
         self.length = 0 # positions filled; the model moves it on after its last layer
 
     def append(self, layer, k, v):
-        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all keys and values of that layer."""
+        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all keys and values
+        of that layer."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {end} are needed"
         self.k[layer, :, :, self.length:end] = k
@@ -77,7 +78,8 @@ class KVCache:
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
     def keep(self, rows):
-        """Drop every row that is not in rows (a LongTensor): finished responses stop costing anything."""
+        """Drop every row that is not in rows (a LongTensor): finished responses stop costing
+        anything."""
         for name in ('k', 'v'):
             old = getattr(self, name)
             new = torch.empty_like(old[:, :rows.numel()])
@@ -111,8 +113,9 @@ class Attention(nn.Module):
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if T == 1:
-            # Decoding: the query heads that share a key head become the rows of one small matrix, nothing is copied.
-            # A CPU's fused attention takes such matrices one by one, which two batched products beat.
+            # Decoding: the query heads that share a key head become the rows of one small matrix,
+            # nothing is copied. A CPU's fused attention takes such matrices one by one, which two
+            # batched products beat.
             q = q.view(B, k.size(1), -1, self.head_dim)
             y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
                 (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
@@ -128,9 +131,10 @@ LLAMA3_KEYS = ('factor', 'low_freq_factor', 'high_freq_factor', 'original_max_po
 
 
 def rotary_frequencies(config):
-    """Return the radians per position of each feature, (head_dim,): those of its pair, negative in the first half.
-    Llama 3.1 slows down, by `factor`, the pairs that turn less than `low_freq_factor` times within the length it was
-    first trained on, and the next ones ever less."""
+    """Return the radians per position of each feature, (head_dim,): those of its pair, negative in
+    the first half. Llama 3.1 slows down, by `factor`, the pairs that turn less than
+    `low_freq_factor` times within the length it was first trained on, and the next ones ever
+    less."""
     frequencies = config.rope_theta ** -(torch.arange(0, config.head_dim, 2) / config.head_dim)
     if config.rope_scaling:
         factor, low, high, length = (config.rope_scaling[name] for name in LLAMA3_KEYS)
@@ -141,8 +145,8 @@ def rotary_frequencies(config):
 
 
 def rotate(x, cos, sin):
-    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama; sin carries the sign.
-    x: (B, heads, T, head_dim)."""
+    """Rotary positions (RoFormer, arXiv 2104.09864), first half against second half as in Llama;
+    sin carries the sign. x: (B, heads, T, head_dim)."""
     return x * cos + x.roll(x.size(-1) // 2, -1) * sin
 
 
@@ -177,7 +181,8 @@ class Transformer(nn.Module):
         self.init_weights()
 
     def tie_and_rotate(self, device=None):
-        """Make what is derived: output weights that are the embedding's, and the table of rotary positions."""
+        """Make what is derived: output weights that are the embedding's, and the table of rotary
+        positions."""
         if self.config.tie_embeddings:
             self.lm_head.weight = self.embed.weight
         self.rotary_table(min(self.config.max_seq_len, 2048), device)
@@ -190,13 +195,15 @@ class Transformer(nn.Module):
 
     @classmethod
     def without_memory(cls, config):
-        """Build a model of shapes only, to be sharded or cast. `allocate` gives it memory; its weights come later."""
+        """Build a model of shapes only, to be sharded or cast. `allocate` gives it memory; its
+        weights come later."""
         with torch.device('meta'):
             return cls(config)
 
     def allocate(self, weights_on, device=None):
-        """Give memory to the weights, which may stay on the CPU, and make again, on the device that computes, what is
-        derived, because to_empty unties and empties it. The value head is 0 until it gets weights."""
+        """Give memory to the weights, which may stay on the CPU, and make again, on the device that
+        computes, what is derived, because to_empty unties and empties it. The value head is 0 until
+        it gets weights."""
         self.to_empty(device=weights_on)
         self.tie_and_rotate(device or weights_on)
         for p in self.value_head.parameters():
@@ -222,12 +229,14 @@ class Transformer(nn.Module):
         """
         Compute tokens (B, T) -> logits (B, T, vocab_size), values (B, T).
 
-        With a cache, tokens are the positions that follow those in it. `at`, a boolean mask (B, T), asks for the logits
-        of the marked positions only: logits (at.sum(), vocab_size), which spares padding and prompts the widest matrix.
-        Raises ValueError when the sequence is longer than max_seq_len.
+        With a cache, tokens are the positions that follow those in it. `at`, a boolean mask (B, T),
+        asks for the logits of the marked positions only: logits (at.sum(), vocab_size), which
+        spares padding and prompts the widest matrix. Raises ValueError when the sequence is longer
+        than max_seq_len.
         """
         x = self.trunk(tokens, cache)
-        # The value head learns from what the policy knows but does not change it: no gradient flows into the trunk.
+        # The value head learns from what the policy knows but does not change it: no gradient flows
+        # into the trunk.
         values = self.value_head(x.detach()).float().sum(-1) # (B, T); a squeeze is a view, which FSDP dislikes
         logits = self.lm_head(x if at is None else x[at])
         return logits, values
@@ -255,18 +264,20 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     """
     Sample one response for each prompt.
 
-    prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is greedy. ends: the
-    tokens that end a response; the first one also pads. uniform (B, max_new_tokens) in [0, 1): the noise, one number
-    for each token of a response, fresh when not given; what a row samples does not depend on the other rows. watch, if
-    given, is called after each step with the tokens so far, (B, t).
+    prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is
+    greedy. ends: the tokens that end a response; the first one also pads. uniform (B,
+    max_new_tokens) in [0, 1): the noise, one number for each token of a response, fresh when not
+    given; what a row samples does not depend on the other rows. watch, if given, is called after
+    each step with the tokens so far, (B, t).
 
-    Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at sampled positions up
-    to and including the first end. A row without an end under its mask ran into max_new_tokens. Raises ValueError when
-    the longest prompt and max_new_tokens exceed max_seq_len.
+    Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
+    sampled positions up to and including the first end. A row without an end under its mask ran
+    into max_new_tokens. Raises ValueError when the longest prompt and max_new_tokens exceed
+    max_seq_len.
 
-    No row is padded on the left: all rows stand at the same position, and a row whose prompt is longer than the
-    shortest has its own tokens forced until the prompt is used up. So the cache needs no mask. Rows that end leave
-    the batch.
+    No row is padded on the left: all rows stand at the same position, and a row whose prompt is
+    longer than the shortest has its own tokens forced until the prompt is used up. So the cache
+    needs no mask. Rows that end leave the batch.
     """
     device = model.embed.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -296,8 +307,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
             watch(tokens[:, :t + 1])
         ended = is_response & (token[:, None] == end_tokens).any(1)
         alive &= ~ended & (step < max_new_tokens - 1)
-        # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked every few tokens
-        # only, because it has to stop and answer.
+        # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked
+        # every few tokens only, because it has to stop and answer.
         if (t % 8 == 0 or not logits.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
             if not alive.any():
                 break
@@ -310,22 +321,24 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
 
 
 def sample_token(logits, temperature, uniform):
-    """Sample one token per row by inverting the cumulative distribution. logits (B, V), uniform (B,) in [0, 1) ->
-    (B,)."""
+    """Sample one token per row by inverting the cumulative distribution. logits (B, V), uniform
+    (B,) in [0, 1) -> (B,)."""
     if temperature == 0:
         return logits.argmax(-1)
     cumulative = F.softmax(logits.float() / temperature, dim=-1).cumsum(-1) # (B, V)
-    # The first token whose cumulative probability exceeds the draw; one of probability 0 can never be it.
+    # The first token whose cumulative probability exceeds the draw; one of probability 0 can never
+    # be it.
     token = torch.searchsorted(cumulative, uniform[:, None] * cumulative[:, -1:], right=True).squeeze(1)
     return token.clamp(max=logits.size(-1) - 1)
 
 
 def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
     """
-    Score responses: the log-probabilities of the tokens under the mask, and the value head at the end of the prompt.
+    Score responses: the log-probabilities of the tokens under the mask, and the value head at the
+    end of the prompt.
 
-    tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,). temperature divides the logits, as in
-    sampling. dtype is the precision of the matrix multiplies.
+    tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,). temperature divides
+    the logits, as in sampling. dtype is the precision of the matrix multiplies.
     """
     targets = mask[:, 1:] # the logits at position t are about the token at t + 1
     with torch.autocast(tokens.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
@@ -338,8 +351,9 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
 
 def micro_batches(mask, micro_batch_tokens, at_least=1):
     """
-    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with their padding, where a
-    row alone is not longer than that. mask (B, T) -> list of at_least or more LongTensors of row indices.
+    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with
+    their padding, where a row alone is not longer than that. mask (B, T) -> list of at_least or
+    more LongTensors of row indices.
     """
     lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
     widths = ((lengths + 15) // 16 * 16).tolist() # as trim leaves them
@@ -358,8 +372,8 @@ def micro_batches(mask, micro_batch_tokens, at_least=1):
 
 
 def trim(tokens, mask):
-    """Cut the padding behind the longest row; lengths are multiples of 16, because each new shape costs a CPU a new
-    kernel. tokens, mask (B, T) -> (B, T'), (B, T')."""
+    """Cut the padding behind the longest row; lengths are multiples of 16, because each new shape
+    costs a CPU a new kernel. tokens, mask (B, T) -> (B, T'), (B, T')."""
     end = int(mask.any(0).nonzero().max()) + 1
     end = min(-(-end // 16) * 16, mask.size(1))
     return tokens[:, :end], mask[:, :end]
@@ -367,9 +381,9 @@ def trim(tokens, mask):
 
 @torch.no_grad()
 def embed_numbers(model, numbers):
-    """Let tokens that are numbers, {id: value}, start as sines and cosines of their value (after FoNE, arXiv
-    2502.09741). Adding then is turning, which the model learns in minutes; from random vectors it has to discover the
-    order of the numbers first."""
+    """Let tokens that are numbers, {id: value}, start as sines and cosines of their value (after
+    FoNE, arXiv 2502.09741). Adding then is turning, which the model learns in minutes; from random
+    vectors it has to discover the order of the numbers first."""
     ids, values = torch.tensor([*numbers.keys()]), torch.tensor([*numbers.values()], dtype=torch.float32)
     angles = values[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400])
     waves = torch.cat((angles.cos(), angles.sin()), dim=1) # (numbers, 20), each row of length sqrt(10)
@@ -378,7 +392,8 @@ def embed_numbers(model, numbers):
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Pretrained weights, in the layout of Hugging Face: config.json and one or several safetensors files
+# Pretrained weights, in the layout of Hugging Face: config.json and one or several safetensors
+# files
 
 ARCHITECTURES = dict(llama={}, qwen2=dict(qkv_bias=True), qwen3=dict(qk_norm=True)) # by what they add to Llama
 HF_CONFIG = dict(vocab_size='vocab_size', max_seq_len='max_position_embeddings', d_model='hidden_size',
@@ -394,8 +409,8 @@ HF_MODULES = { # ours, and theirs, whose rows stand in it one after another
 
 
 def read_config(folder):
-    """Read config.json into a ModelConfig, with the format's own defaults. Raises ValueError, naming it, for what the
-    Transformer does not cover."""
+    """Read config.json into a ModelConfig, with the format's own defaults. Raises ValueError,
+    naming it, for what the Transformer does not cover."""
     with open(os.path.join(folder, 'config.json')) as file:
         theirs = dict(tie_word_embeddings=False, rope_theta=10000.0, hidden_act='silu', max_position_embeddings=2048)
         theirs |= json.load(file)
@@ -415,8 +430,9 @@ def read_config(folder):
 
 
 def counterparts(model):
-    """Yield pairs of each of our parameters and the tensors of Hugging Face that its rows are made of, {name: rows}:
-    q, k, v and gate, up are one matrix here. The value head, which they do not have, is left out."""
+    """Yield pairs of each of our parameters and the tensors of Hugging Face that its rows are made
+    of, {name: rows}: q, k, v and gate, up are one matrix here. The value head, which they do not
+    have, is left out."""
     config = model.config
     qkv = [n * config.head_dim for n in (config.n_heads, config.n_kv_heads, config.n_kv_heads)]
     for name, p in model.named_parameters(): # without lm_head where that is the embedding
@@ -429,8 +445,9 @@ def counterparts(model):
 
 
 def weight_files(folder):
-    """Return the paths of the safetensors files that hold a model: those that its index names, because others may lie
-    there too, else the one whole file. Raises ValueError when there is none."""
+    """Return the paths of the safetensors files that hold a model: those that its index names,
+    because others may lie there too, else the one whole file. Raises ValueError when there is
+    none."""
     index, whole = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
     named = []
     if os.path.exists(index):
@@ -446,9 +463,9 @@ def weight_files(folder):
 
 
 def load_pretrained(model, folder):
-    """Read the weights in a folder: yield pairs of a parameter and its whole value, one after the other, so that no
-    second copy is held in memory. Raises ValueError, naming it, for a tensor that is unknown, of another shape, missing
-    or not tied where config.json says so."""
+    """Read the weights in a folder: yield pairs of a parameter and its whole value, one after the
+    other, so that no second copy is held in memory. Raises ValueError, naming it, for a tensor that
+    is unknown, of another shape, missing or not tied where config.json says so."""
     from safetensors import safe_open
     where = {}
     with contextlib.ExitStack() as stack:

@@ -64,27 +64,28 @@ GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length')
 def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, first=0,
             rollout_rows=1024, watch=None, progress=''):
     """
-    Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. This is the one place where
-    rewards are decided: a response that did not end within max_new_tokens is truncated, its reward 0.
+    Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. This is
+    the one place where rewards are decided: a response that did not end within max_new_tokens is
+    truncated, its reward 0.
 
-    The noise of a response follows from the integers in key and from its index in the whole batch, where `first` is that
-    of the first one here: so it does not matter how ranks and pieces share the batch. watch: see model.generate.
-    progress: the name of this work in the lines that say how long it still takes, none where it is empty.
-    Returns a Batch.
+    The noise of a response follows from the integers in key and from its index in the whole batch,
+    where `first` is that of the first one here: so it does not matter how ranks and pieces share
+    the batch. watch: see model.generate. progress: the name of this work in the lines that say how
+    long it still takes, none where it is empty. Returns a Batch.
     """
     started, device = time.monotonic(), model.embed.weight.device
     problems = [problem for problem in problems for _ in range(repeat)]
-    prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in problems]
     pieces = []
-    for start in range(0, len(prompts), rollout_rows):
-        rows = range(start, min(start + rollout_rows, len(prompts)))
-        noise = [np.random.default_rng((*key, first + i)).random(max_new_tokens, np.float32) for i in rows]
-        pieces.append(generate(model, prompts[start:rows.stop], max_new_tokens, temperature, tokenizer.ends,
-                               torch.from_numpy(np.stack(noise)), watch))
-        done, spent = rows.stop, time.monotonic() - started
-        if progress and spent > 10 and done < len(prompts): # many long responses take minutes
-            left = spent / 60 * (len(prompts) / done - 1)
-            print(f'{progress}: {done:,} of {len(prompts):,} responses, {left:.1f} min left', flush=True)
+    for start in range(0, len(problems), rollout_rows):
+        part = problems[start:start + rollout_rows]
+        prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in part]
+        rngs = [np.random.default_rng((*key, first + start + i)) for i in range(len(part))]
+        noise = torch.from_numpy(np.stack([rng.random(max_new_tokens, np.float32) for rng in rngs]))
+        pieces.append(generate(model, prompts, max_new_tokens, temperature, tokenizer.ends, noise, watch))
+        done, spent = start + len(part), time.monotonic() - started
+        if progress and spent > 10 and done < len(problems): # many long responses take minutes
+            left = spent / 60 * (len(problems) / done - 1)
+            print(f'{progress}: {done:,} of {len(problems):,} responses, {left:.1f} min left', flush=True)
     tokens = pad_sequence([row for piece, _ in pieces for row in piece], True, tokenizer.ends[0]) # (B, T)
     mask = pad_sequence([row for _, piece in pieces for row in piece], True)
 
@@ -102,7 +103,8 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
 
 
 def evaluate(model, task, tokenizer, problems, key, repeat=1, **options):
-    """Grade `repeat` responses to each problem, with the options of respond. Returns a dict for every response."""
+    """Grade `repeat` responses to each problem, with the options of respond. Returns a dict for
+    every response."""
     batch = respond(model, task, tokenizer, problems, key, repeat, **options)
     rows = []
     for i, problem in enumerate(batch.problems):
@@ -113,7 +115,8 @@ def evaluate(model, task, tokenizer, problems, key, repeat=1, **options):
 
 
 def summarize(rows):
-    """Summarize the rows of evaluate: accuracy with its Wilson 95% interval and by difficulty, and other means."""
+    """Summarize the rows of evaluate: accuracy with its Wilson 95% interval and by difficulty, and
+    other means."""
     def mean(name, rows):
         return sum(row[name] for row in rows) / len(rows)
     n, p, z = len(rows), mean('correct', rows), 1.96
@@ -128,8 +131,8 @@ def summarize(rows):
 
 @functools.lru_cache(maxsize=1) # drawing 2,000 takes a second
 def held_out_problems(task, count):
-    """Return `count` different problems of the test split, or all there are: the same in every run, whatever its
-    seed."""
+    """Return `count` different problems of the test split, or all there are: the same in every run,
+    whatever its seed."""
     rng, found, since = np.random.default_rng((EVAL, 2025)), {}, 0
     while len(found) < count and since < 5000:
         problem = task.draw(rng, test=True)
@@ -139,7 +142,8 @@ def held_out_problems(task, count):
 
 
 def pass_at_k(verdicts, n, k):
-    """Estimate the share of problems that k responses solve, from how many of n did (arXiv 2107.03374, unbiased)."""
+    """Estimate the share of problems that k responses solve, from how many of n did (arXiv
+    2107.03374, unbiased)."""
     return sum(1 - math.comb(n - solved, k) / math.comb(n, k) for solved in verdicts) / len(verdicts)
 
 
@@ -283,8 +287,9 @@ def plot_runs(folders, path):
 # Checkpoints, and one line for what goes wrong
 
 def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
-    """Return the model, task and tokenizer of a checkpoint, ready to respond; `name` is what messages call it. The
-    file of a task is taken from task_name only: a checkpoint must not choose what code runs."""
+    """Return the model, task and tokenizer of a checkpoint, ready to respond; `name` is what
+    messages call it. The file of a task is taken from task_name only: a checkpoint must not choose
+    what code runs."""
     stored = checkpoint['task']
     if stored.endswith('.py') and not task_name:
         fail(f"the task of {name} is a file, {stored}, and a checkpoint must not choose what runs: add --task={stored}")
@@ -308,7 +313,8 @@ def make_task(name, settings):
 
 
 def make_tokenizer(state, task, name):
-    """Return the tokenizer of a checkpoint, by its state; the task must be one of the same vocabulary."""
+    """Return the tokenizer of a checkpoint, by its state; the task must be one of the same
+    vocabulary."""
     with one_line(name):
         tokenizer = (PretrainedTokenizer if isinstance(state, dict) else Tokenizer)(state)
     if isinstance(tokenizer, Tokenizer) and tokenizer.tokens != task.tokens:
@@ -318,7 +324,8 @@ def make_tokenizer(state, task, name):
 
 
 def load_checkpoint(path):
-    """Read and verify a checkpoint of ours. One line and exit when it is missing, damaged or something else."""
+    """Read and verify a checkpoint of ours. One line and exit when it is missing, damaged or
+    something else."""
     with one_line(f'{path} as a checkpoint of this program'):
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             if archive.testzip():
@@ -330,21 +337,23 @@ def load_checkpoint(path):
 
 
 def find_checkpoint(path):
-    """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest run's."""
+    """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest
+    run's."""
     path = os.path.expanduser(path or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt')
     return newest_model(glob.escape(path)) or path
 
 
 def newest_model(folder):
-    """Return the final model of the newest run in a folder (or pattern of folders), else the newest checkpoint, or
-    None."""
+    """Return the final model of the newest run in a folder (or pattern of folders), else the newest
+    checkpoint, or None."""
     for name in ('tinyzero_astarpo_final.pt', 'checkpoint_step_*.pt'):
         if found := glob.glob(os.path.join(folder, name)):
             return max(found, key=os.path.getmtime)
 
 
 def pick_device(device):
-    """Return the device of that name, where 'auto' is the best one here. One line and exit when it cannot be used."""
+    """Return the device of that name, where 'auto' is the best one here. One line and exit when it
+    cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     with one_line(f'--device={device}'):
@@ -373,8 +382,8 @@ def one_line(name, *kinds):
 
 
 def run_script(main, lower):
-    """Call a script's main. What a user or the machine caused ends in one line and exit status 1; `lower` names the
-    settings to lower where memory runs out."""
+    """Call a script's main. What a user or the machine caused ends in one line and exit status 1;
+    `lower` names the settings to lower where memory runs out."""
     sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
     try:
         main()
@@ -394,7 +403,8 @@ def run_script(main, lower):
 
 
 def fail(message):
-    """End the program with one line and exit status 1; where there are several machines, one line on each."""
+    """End the program with one line and exit status 1; where there are several machines, one line
+    on each."""
     sys.exit(f'error: {message}' if (os.environ.get('LOCAL_RANK') or '0') == '0' else 1)
 
 

@@ -29,9 +29,9 @@ WHITE = r'[ \t\r\n]*'
 
 class Tokenizer:
     """
-    A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10' among them), a number
-    is one token and a single space between two numbers (or dots) is implied by their being neighbours; else numbers
-    are spelt in digits.
+    A fixed vocabulary: TAGS, then the task's own tokens. Where these hold whole integers ('10'
+    among them), a number is one token and a single space between two numbers (or dots) is implied
+    by their being neighbours; else numbers are spelt in digits.
     """
 
     def __init__(self, tokens):
@@ -45,7 +45,8 @@ class Tokenizer:
         self.pattern = re.compile(f"{implied}({'|'.join(words)})", re.DOTALL)
 
     def encode(self, text):
-        """str -> list of ids. Raises ValueError, naming the piece, when the vocabulary does not have it."""
+        """str -> list of ids. Raises ValueError, naming the piece, when the vocabulary does not
+        have it."""
         pieces = self.pattern.findall(text)
         for piece in pieces:
             if piece not in self.ids:
@@ -64,7 +65,8 @@ class Tokenizer:
         return task.prompt(problem)
 
 
-# What stands around a pretrained model's question: a transcript to continue, or ChatML as in Qwen's chats.
+# What stands around a pretrained model's question: a transcript to continue, or ChatML as in Qwen's
+# chats.
 FORMS = dict(
     base='The following is a conversation. A user asks a question, and an assistant first thinks about it and then '
          'gives the answer.\nUser: {}\nAssistant: Let me work it out step by step.\n<think>',
@@ -74,24 +76,26 @@ FORMS = dict(
 
 class PretrainedTokenizer:
     """
-    A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer. Its state is the
-    model's own files as text, {name: text}. Padding is end-of-sequence here, whatever they say: masks tell them apart.
-    Raises ValueError when they name no end-of-sequence that the tokenizer has.
+    A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer.
+    Its state is the model's own files as text, {name: text}. Padding is end-of-sequence here,
+    whatever they say: masks tell them apart. Raises ValueError when they name no end-of-sequence
+    that the tokenizer has.
     """
 
     def __init__(self, files):
         from tokenizers import Tokenizer as Library
         self.state, self.library = files, Library.from_str(files['tokenizer.json'])
         self.ends = self.find_ends()
-        # Some tokenizers begin every text with special tokens, which go in front of the prompt; some also end it.
+        # Some tokenizers begin every text with special tokens, which go in front of the prompt;
+        # some also end it.
         text = self.library.encode('x')
         begin = [i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask))]
         chat = self.library.id_to_token(self.ends[0]) == '<|im_end|>'
         self.form = self.library.decode(begin, skip_special_tokens=False) + FORMS['chat' if chat else 'base']
 
     def find_ends(self):
-        """Return the ids of all tokens that the files call an end: instruct models list several, and their files
-        differ. The tokenizer's own, which ends a turn, comes first."""
+        """Return the ids of all tokens that the files call an end: instruct models list several,
+        and their files differ. The tokenizer's own, which ends a turn, comes first."""
         ends = []
         for name in ('tokenizer_config.json', 'generation_config.json', 'config.json'):
             content = json.loads(self.state.get(name, '{}'))
@@ -105,23 +109,26 @@ class PretrainedTokenizer:
         return ends
 
     def encode(self, text):
-        """str -> list of ids, without the special tokens that some tokenizers put around every text."""
+        """str -> list of ids, without the special tokens that some tokenizers put around every
+        text."""
         return self.library.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
-        """list of ids -> str, where only an end-of-sequence reads EOS, so that grading knows it by that."""
+        """list of ids -> str, where only an end-of-sequence reads EOS, so that grading knows it by
+        that."""
         end = next((i for i, token in enumerate(ids) if token in self.ends), len(ids))
         text = self.library.decode(ids[:end], skip_special_tokens=False)
         return text.replace(EOS, EOS.upper()) + EOS * (end < len(ids))
 
     def prompt(self, task, problem):
-        """Return what the model is asked: the task's question in words, in a chat or a transcript."""
+        """Return what the model is asked: the task's question in words, in a chat or a
+        transcript."""
         return self.form.format(task.question(problem))
 
 
 def tokenizer_files(folder):
-    """Return the state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError without a
-    tokenizer.json."""
+    """Return the state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError
+    without a tokenizer.json."""
     paths = [Path(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
                                              'config.json', 'special_tokens_map.json', 'chat_template.jinja')]
     return {path.name: path.read_text(encoding='utf-8') for path in paths if path.exists() or path == paths[0]}
@@ -138,8 +145,9 @@ WRONG = Grade(0.0, False, False)
 
 def extract_answer(response):
     """
-    Return the text between <answer> and </answer>, or None when the response is not
-    `thinking </think> <answer> ... </answer>` with white space between and exactly one answer behind the one </think>.
+    Return the text between <answer> and </answer>, or None when the response is not `thinking
+    </think> <answer> ... </answer>` with white space between and exactly one answer behind the one
+    </think>.
     """
     head, end_think, tail = response.split(EOS)[0].partition(END_THINK)
     match = re.fullmatch(rf'{WHITE}{ANSWER}([^<]*){END_ANSWER}{WHITE}', tail)
@@ -148,17 +156,19 @@ def extract_answer(response):
 
 class Task:
     """
-    What the tasks share: the split, and the verifier of those whose answer is a whole number, `solution(problem)`.
+    What the tasks share: the split, and the verifier of those whose answer is a whole number,
+    `solution(problem)`.
 
-    A task of your own has tokens, problem, prompt, parse, demonstration and grade (or solution), as Chain has; the rest
-    is here. Only pretrained weights need `question`.
+    A task of your own has tokens, problem, prompt, parse, demonstration and grade (or solution), as
+    Chain has; the rest is here. Only pretrained weights need `question`.
     """
     defaults = {} # the settings of train.py that suit this task
     tokens = None # the vocabulary of a model from random weights; a task without one needs pretrained weights
     longest_prompt = 256 # tokens
 
     def canonical(self, problem):
-        """Return a text that is equal for the same puzzle written differently; a problem that is a text is that."""
+        """Return a text that is equal for the same puzzle written differently; a problem that is a
+        text is that."""
         return problem
 
     def difficulty(self, problem):
@@ -166,36 +176,38 @@ class Task:
         return 'all'
 
     def is_test(self, problem):
-        """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never trained on."""
+        """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never
+        trained on."""
         return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
 
     def draw(self, rng, test=False):
-        """Draw a problem from the training split, or from the test split. Raises ValueError when there seems to be
-        none."""
+        """Draw a problem from the training split, or from the test split. Raises ValueError when
+        there seems to be none."""
         for _ in range(10000):
             if self.is_test(problem := self.problem(rng)) == test:
                 return problem
         raise ValueError("these number ranges allow too few problems for a split into training and test")
 
     def training_problems(self, key, indices):
-        """Return a training problem with its generator for each index: a function of the key (seed, stream, step) and
-        the index alone."""
+        """Return a training problem with its generator for each index: a function of the key (seed,
+        stream, step) and the index alone."""
         rngs = [np.random.default_rng((*key, i)) for i in indices]
         return [(self.draw(rng), rng) for rng in rngs]
 
     def grade(self, problem, response):
-        """Grade an answer that must be solution(problem), in plain ASCII digits; other tasks have their own grade.
+        """Grade an answer that must be solution(problem), in plain ASCII digits; other tasks have
+        their own grade.
 
-        Returns a Grade. A reward lies between 0 and 1 and is 1 only when the answer is correct. Whatever is returned
-        here, sample.respond gives a response that was cut off the reward 0.
-        """
+        Returns a Grade. A reward lies between 0 and 1 and is 1 only when the answer is correct.
+        Whatever is returned here, sample.respond gives a response that was cut off the reward 0."""
         match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
         correct = match is not None and int(match[1]) == self.solution(problem)
         return Grade(float(correct), correct, match is not None)
 
 
 def in_words(question, answer, example):
-    """Return a question for a pretrained model: what is asked, and in which tags its answer is wanted."""
+    """Return a question for a pretrained model: what is asked, and in which tags its answer is
+    wanted."""
     return (f'{question} Think inside <think> </think>, then give {answer} inside <answer> </answer>, for example '
             f'<answer> {example} </answer>.')
 
@@ -216,7 +228,8 @@ class CountdownProblem(NamedTuple):
 
 
 def reachable(numbers):
-    """Return every value that whole-number arithmetic makes from all of the numbers (a sorted tuple)."""
+    """Return every value that whole-number arithmetic makes from all of the numbers (a sorted
+    tuple)."""
     # What five numbers and more reach is much, and seldom asked for twice: it is not kept.
     return (reachable_by_few if len(numbers) < 5 else reachable_by_few.__wrapped__)(numbers)
 
@@ -226,7 +239,8 @@ def reachable_by_few(numbers):
     if len(numbers) == 1:
         return frozenset(numbers)
     values = set()
-    # Split the numbers in two in every way; the first number is always on the left, so no split is seen twice.
+    # Split the numbers in two in every way; the first number is always on the left, so no split is
+    # seen twice.
     for chosen in range(2 ** (len(numbers) - 1) - 1):
         left = numbers[:1] + tuple(n for i, n in enumerate(numbers[1:]) if chosen >> i & 1)
         right = tuple(n for i, n in enumerate(numbers[1:]) if not chosen >> i & 1)
@@ -236,7 +250,8 @@ def reachable_by_few(numbers):
 
 
 def operations(x, y):
-    """List the operations on two whole numbers whose result is whole, as (larger, operator, smaller, result)."""
+    """List the operations on two whole numbers whose result is whole, as (larger, operator,
+    smaller, result)."""
     a, b = max(x, y), min(x, y)
     result = [(a, '+', b, a + b), (a, '-', b, a - b), (a, '*', b, a * b)]
     return result + [(a, '/', b, a // b)] if b and a % b == 0 else result
@@ -252,8 +267,8 @@ class Countdown(Task):
     """
     Reach the target from the numbers with + - * / and parentheses, using each number exactly once.
 
-    The numbers are uniform; the target is uniform among those that they can reach. Drawing random expressions instead
-    would favour targets with many solutions and make the puzzles easier.
+    The numbers are uniform; the target is uniform among those that they can reach. Drawing random
+    expressions instead would favour targets with many solutions and make the puzzles easier.
     """
 
     def __init__(self,
@@ -270,8 +285,8 @@ class Countdown(Task):
         self.min_numbers, self.max_numbers = min_numbers, max_numbers
         self.max_number, self.max_target = max_number, max_target
         self.partial_credit = partial_credit
-        # Demonstrations leave alone what would get larger than this, so that the model has fewer sums to learn; 98% of
-        # the puzzles have a solution below it.
+        # Demonstrations leave alone what would get larger than this, so that the model has fewer
+        # sums to learn; 98% of the puzzles have a solution below it.
         self.largest = max(max_target * 3 // 2, max_number, 10)
         self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
 
@@ -305,8 +320,8 @@ class Countdown(Task):
     def demonstration(self, problem, rng):
         """
         Write a search; two in three are given up within four lines. When a line solves the puzzle,
-        `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression; else it is just the sum of the numbers.
-        That it pays to search longer is left for A*PO to find out.
+        `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression; else it is just the
+        sum of the numbers. That it pays to search longer is left for A*PO to find out.
         """
         lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else math.inf
         answer = '+'.join(map(str, problem.numbers))
@@ -322,11 +337,13 @@ class Countdown(Task):
 
     def search(self, problem, pool=None, joined=()):
         """
-        Search from both ends, line by line, each with the solution that it found or None. `z ...:x y ...` sets one of
-        three numbers, z, aside and lists what + - * / make of the target and z, which is what the other two would have
-        to make, and what these do make. A number in both lists solves the puzzle. Of more than three numbers some are
-        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, no solver guides the search.
-        `pool` is what is left of the numbers and `joined` the lines that say how, in a search within the search.
+        Search from both ends, line by line, each with the solution that it found or None. `z ...:x
+        y ...` sets one of three numbers, z, aside and lists what + - * / make of the target and z,
+        which is what the other two would have to make, and what these do make. A number in both
+        lists solves the puzzle. Of more than three numbers some are joined first: `6)12/4=3 9 8`
+        joins the sixth pair. Pair after pair has its turn, no solver guides the search. `pool` is
+        what is left of the numbers and `joined` the lines that say how, in a search within the
+        search.
         """
         pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
         if len(pool) > 3:
@@ -349,7 +366,8 @@ class Countdown(Task):
                                      for end in self.joins(z, middle) if end.value == problem.target)
 
     def joins(self, x, y):
-        """Return the terms that + - * / make of two, each value once, none too large; the steps of x come first."""
+        """Return the terms that + - * / make of two, each value once, none too large; the steps of
+        x come first."""
         made, steps = {}, x.steps + y.steps
         x, y = sorted((x, y), key=lambda term: term.value, reverse=True)
         for a, operator, b, result in operations(x.value, y.value):
@@ -359,8 +377,8 @@ class Countdown(Task):
         return list(made.values())
 
     def results(self, x, y):
-        """Return what + - * / make of two numbers, as strings in this order; '.' where that is not whole, too large
-        or a product with 0 (which no division undoes), dropped at the end."""
+        """Return what + - * / make of two numbers, as strings in this order; '.' where that is not
+        whole, too large or a product with 0 (which no division undoes), dropped at the end."""
         made = {operator: str(result) for _, operator, _, result in operations(x, y)
                 if result <= self.largest and (operator != '*' or result)}
         return ' '.join(made.get(operator, '.') for operator in '+-*/').rstrip(' .').split()
@@ -380,12 +398,13 @@ class Countdown(Task):
 
 def evaluate(text):
     """
-    Return the value of an arithmetic expression as an exact Fraction (None when it divides by zero), and the integers
-    it uses.
+    Return the value of an arithmetic expression as an exact Fraction (None when it divides by
+    zero), and the integers it uses.
 
-    Integers are ASCII digits without leading zero; + - * / and parentheses, no signs, dots or underscores; white space
-    only between tokens. Raises ValueError on anything else. Operators wait on a stack until what follows binds less
-    tightly: no recursion, so no depth of parentheses can exhaust Python's.
+    Integers are ASCII digits without leading zero; + - * / and parentheses, no signs, dots or
+    underscores; white space only between tokens. Raises ValueError on anything else. Operators wait
+    on a stack until what follows binds less tightly: no recursion, so no depth of parentheses can
+    exhaust Python's.
     """
     binds = {'(': 0, ')': 1, '+': 2, '-': 2, '*': 3, '/': 3}
     values, operators, used, expects_number = [], [], [], True
@@ -462,12 +481,14 @@ class Multiplication(Task):
 
     def demonstration(self, problem, rng):
         """
-        Write one of mixed quality, as texts by people are: a third give the answer at once, a third write the product
-        with each digit of b and add these up, a third break it down to the products of single digits. All are right;
-        but the less is written, the harder it is to say. Which way of thinking pays is left for A*PO to find out.
+        Write one of mixed quality, as texts by people are: a third give the answer at once, a third
+        write the product with each digit of b and add these up, a third break it down to the
+        products of single digits. All are right; but the less is written, the harder it is to say.
+        Which way of thinking pays is left for A*PO to find out.
 
-        Numbers in the working stand with their units first, 74*03=0141, so that a carry is known before the digit that
-        needs it (Lee et al., arXiv 2307.03381); written the usual way, nearly all of the last errors were carries.
+        Numbers in the working stand with their units first, 74*03=0141, so that a carry is known
+        before the digit that needs it (Lee et al., arXiv 2307.03381); written the usual way, nearly
+        all of the last errors were carries.
         """
         back = lambda n: str(n)[::-1]
         digits = lambda n: [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(n)))]
@@ -486,7 +507,8 @@ class Multiplication(Task):
 # A small one, to start your own from
 
 class Chain(Task):
-    """What is 7+12-5? A problem is that text. Half of the demonstrations answer at once, half write each sum."""
+    """What is 7+12-5? A problem is that text. Half of the demonstrations answer at once, half write
+    each sum."""
     defaults = dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
     def __init__(self,
@@ -534,8 +556,8 @@ TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain)
 
 
 def find_task(name):
-    """Return the class of a task, by its name or from a Python file, which is run: only the command line may name one.
-    Raises ValueError when there is no such task or file."""
+    """Return the class of a task, by its name or from a Python file, which is run: only the command
+    line may name one. Raises ValueError when there is no such task or file."""
     if name in TASKS:
         return TASKS[name]
     if not name.endswith('.py'):

@@ -1165,7 +1165,7 @@ def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, t
     (tmp_path / 'metrics.jsonl').write_text('{}\n')
     with pytest.raises(SystemExit, match='ended before it saved anything: delete it, or use another --out_dir'):
         main(*TINY, f'--out_dir={tmp_path}')
-    with pytest.raises(SystemExit, match='nothing to resume.*start without --init_from=resume, and delete the folder'):
+    with pytest.raises(SystemExit, match='nothing to resume.*start without --init_from=resume, and another --out_dir'):
         main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
 
 
@@ -1196,10 +1196,10 @@ def wait_for(process, path):
 @pytest.mark.parametrize('number, arguments, file', [
     (signal.SIGHUP, ['--warmup_steps=100000'], 'metrics.jsonl'), # in the warm-up
     # In a stage 1 of minutes, which starts when the evaluation after the warm-up has been logged.
-    (signal.SIGUSR1, ['--warmup_steps=60', '--num_train_samples=65536', '--max_steps=9'], 'samples.jsonl'),
-    pytest.param(signal.SIGTERM, ['--warmup_steps=60', '--batch_size=262144', '--max_steps=9'], 'checkpoint_step_60.pt',
+    (signal.SIGUSR1, ['--warmup_steps=60', '--num_train_samples=16384', '--max_steps=9'], 'samples.jsonl'),
+    pytest.param(signal.SIGTERM, ['--warmup_steps=60', '--batch_size=65536', '--max_steps=9'], 'checkpoint_step_60.pt',
                  marks=slow), # in a rollout
-    pytest.param(signal.SIGINT, ['--warmup_steps=60', '--num_responses_per_prompt=2', '--num_eval_samples=1000000',
+    pytest.param(signal.SIGINT, ['--warmup_steps=60', '--num_responses_per_prompt=2', '--num_eval_samples=100000',
                                  '--max_factor=2000'], 'metrics.jsonl', marks=slow)])
 def test_a_signal_saves_what_is_finished_and_leaves_in_seconds(tmp_path, number, arguments, file):
     process = subprocess.Popen([sys.executable, 'train.py', *TINY, *arguments, f'--out_dir={tmp_path}/run'], cwd=HERE,
@@ -1209,7 +1209,7 @@ def test_a_signal_saves_what_is_finished_and_leaves_in_seconds(tmp_path, number,
     process.send_signal(number)
     sent = time.time()
     _, message = process.communicate(timeout=60)
-    assert time.time() - sent < 5
+    assert time.time() - sent < 8, "a few seconds, on a busy machine too"
     step = int(re.fullmatch(r'error: stopped by a signal at step (\d+); '
                             r'continue with --init_from=resume --out_dir=\S+\n', message)[1])
     assert process.returncode == 1 and weights(tmp_path / 'run' / f'checkpoint_step_{step}.pt')['step'] == step

@@ -97,7 +97,8 @@ SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
 CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'),
                tracker=('none', 'wandb', 'tensorboard'))
-# The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient overflows.
+# The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
+# overflows.
 LEAST = dict(seed=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, ref_update_interval=0,
              eval_temperature=0, keep_checkpoints=0, beta1=0.03)
 # What fits a GPU; and what fits pretrained weights: small steps, and pieces that leave room for the
@@ -108,10 +109,12 @@ GPU = dict(
 PRETRAINED = dict(
     max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, eval_interval=25,
     num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
+PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('seconds', 'evaluated', 'warmup_accuracy', 'tracker_id', 'stage1_values', 'step') # what a checkpoint has of a Run
+PLAIN = ('seconds', 'evaluated', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
+LOCAL_RANKS = int(os.environ.get('LOCAL_WORLD_SIZE') or 1) # processes of this run on this machine
 stop_signal = 0 # the number of the signal that asked this process to stop
 
 
@@ -284,7 +287,8 @@ def policy_step(run):
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
     pieces = pieces_of(batch.tokens, batch.mask) # micro-batches
 
-    # The reference, and the warmed-up base, which is another model once the reference was refreshed.
+    # The reference, and the warmed-up base, which is another model once the reference was
+    # refreshed.
     with torch.no_grad(), on_device(run.reference), on_device(run.base):
         ref_logprobs = score(run.reference, pieces, rewards) # (B,)
         base_logprobs = ref_logprobs
@@ -378,9 +382,9 @@ def pieces_of(tokens, mask):
 
 
 def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
-    """Let the policy answer this rank's problems: call sample.respond, or sample.evaluate, with its current weights;
-    `first` is the index of the first response in the batch of all ranks. Sampling takes longest, so a signal to stop
-    interrupts it."""
+    """Let the policy answer this rank's problems: call sample.respond, or sample.evaluate, with its
+    current weights; `first` is the index of the first response in the batch of all ranks. Sampling
+    takes longest, so a signal to stop interrupts it."""
     if run.rollout_model is not run.model:
         copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
@@ -395,8 +399,8 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
 
 
 def log_evaluation(run, when, one_in=1):
-    """Evaluate one in so many of the held-out problems at eval_temperature, print the result, record
-    it with eight of the responses, draw the curves. Returns the summary."""
+    """Evaluate one in so many of the held-out problems at eval_temperature, print the result,
+    record it with eight of the responses, draw the curves. Returns the summary."""
     seconds = round(run.seconds, 1)
     problems = held_out_problems(run.task, num_eval_samples)[::one_in]
     mine = share(len(problems))
@@ -463,8 +467,8 @@ def build(settings, checkpoint):
 
 
 def try_problems(puzzles, tokenizer, config):
-    """Try whether there are problems of both splits, and whether the vocabulary and the model can take them. Raises
-    ValueError that says what is wrong."""
+    """Try whether there are problems of both splits, and whether the vocabulary and the model can
+    take them. Raises ValueError that says what is wrong."""
     if config.max_seq_len < puzzles.longest_prompt + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
                          "positions of this model")
@@ -480,8 +484,8 @@ def try_problems(puzzles, tokenizer, config):
 
 
 def shard_blocks(model):
-    """Shard a model over the ranks, block by block. Master weights and gradients are float32; what is
-    gathered to compute is in dtype."""
+    """Shard a model over the ranks, block by block. Master weights and gradients are float32; what
+    is gathered to compute is in dtype."""
     options = dict(
         mesh=dist.init_device_mesh(torch.device(device).type, (world_size,)),
         mp_policy=MixedPrecisionPolicy(getattr(torch, dtype), torch.float32),
@@ -491,7 +495,8 @@ def shard_blocks(model):
 
 
 def initial_weights(model, checkpoint, tokenizer):
-    """Return pairs of each parameter and its whole value: pretrained, of a checkpoint, or random."""
+    """Return pairs of each parameter and its whole value: pretrained, of a checkpoint, or
+    random."""
     if checkpoint and 'folder' in checkpoint:
         return load_pretrained(model, checkpoint['folder'])
     if checkpoint:
@@ -507,20 +512,23 @@ def initial_weights(model, checkpoint, tokenizer):
 
 
 def shard(whole, p):
-    """Return a whole tensor as the parameter p is held: where the model is sharded, this rank's part of it."""
+    """Return a whole tensor as the parameter p is held: where the model is sharded, this rank's
+    part of it."""
     if not hasattr(p, 'device_mesh'):
         return whole
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
 
 
 def unshard(x):
-    """Return a tensor of the model or an optimizer as a whole, on the device; every rank must call it."""
+    """Return a tensor of the model or an optimizer as a whole, on the device; every rank must call
+    it."""
     return x.to(device).full_tensor() if hasattr(x, 'full_tensor') else x
 
 
 def gathered(state):
-    """Return a state dict with whole tensors on the CPU. Every rank must call it, rank 0 gets it. (What torch.distributed
-    has for this takes a step of a fresh optimizer, and then resuming is not exact.)"""
+    """Return a state dict with whole tensors on the CPU. Every rank must call it, rank 0 gets it.
+    (What torch.distributed has for this takes a step of a fresh optimizer, and then resuming is not
+    exact.)"""
     if isinstance(state, dict):
         return {name: gathered(value) for name, value in state.items()}
     if not torch.is_tensor(state): # an optimizer may keep numbers
@@ -530,7 +538,8 @@ def gathered(state):
 
 
 def frozen_copy(model, weights=None):
-    """Return a whole copy of the policy that never trains, in the precision that computes; or with these weights."""
+    """Return a whole copy of the policy that never trains, in the precision that computes; or with
+    these weights."""
     whole = Transformer.without_memory(model.config).to(getattr(torch, dtype)).requires_grad_(False)
     whole.allocate('cpu' if cpu_offload else device)
     if weights:
@@ -549,7 +558,8 @@ def copy_weights(model, whole):
 
 @contextlib.contextmanager
 def on_device(copy):
-    """Let a copy that samples or is the reference visit the device, where cpu_offload keeps it on the CPU."""
+    """Let a copy that samples or is the reference visit the device, where cpu_offload keeps it on
+    the CPU."""
     if cpu_offload:
         copy.to(device)
     yield
@@ -572,9 +582,9 @@ def make_optimizers(model, muon=False):
 
 class Muon(torch.optim.Optimizer):
     """
-    Momentum whose update is made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024), so that every
-    direction of a matrix learns equally fast. torch.optim.Muon is the same in bfloat16, which most CPUs compute
-    slower than float32.
+    Momentum whose update is made orthogonal by five Newton-Schulz iterations (Keller Jordan, 2024),
+    so that every direction of a matrix learns equally fast. torch.optim.Muon is the same in
+    bfloat16, which most CPUs compute slower than float32.
     """
 
     @torch.no_grad()
@@ -590,7 +600,8 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(x, steps=5):
-    """Return about the nearest matrix with singular values of 1 (0.7 to 1.2 is good enough), by Newton-Schulz."""
+    """Return about the nearest matrix with singular values of 1 (0.7 to 1.2 is good enough), by
+    Newton-Schulz."""
     wide = x if x.size(0) <= x.size(1) else x.T
     wide = wide / (wide.norm() + 1e-7)
     for _ in range(steps):
@@ -608,8 +619,9 @@ def set_learning_rates(run, factor, warmup_rates={}):
 
 
 def optimizer_step(run):
-    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. One line and exit
-    for a gradient that is not finite, but that of a loss which the scaler can scale by less."""
+    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. One line and
+    exit for a gradient that is not finite, but that of a loss which the scaler can scale by
+    less."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     # The value head by itself, or its gradient, large and noisy, would shrink the policy's.
@@ -654,42 +666,53 @@ def gather_lists(rows):
 
 def configure(argv):
     """
-    Settle every setting and write them to this module, once: the block on top < the task's defaults < what fits the
-    machine, pretrained weights or the checkpoint to start from < one that is resumed < the command line.
+    Settle every setting and write them to this module, once: the block on top < the task's defaults
+    < what fits the machine, pretrained weights or the checkpoint to start from < one that is
+    resumed < the command line.
 
-    Returns all settings, those that the task's class takes included, and the checkpoint to start from, or None.
+    Returns all settings, those that the task's class takes included, and the checkpoint to start
+    from, or None.
     """
+    read_cluster()
     texts = read_arguments(argv)
-    start = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in ('task', 'out_dir', 'init_from')}
-    start['out_dir'] = start['out_dir'].replace('TASK', os.path.basename(start['task']).removesuffix('.py'))
-    checkpoint = open_start(**start)
-    resuming = start['init_from'] == 'resume'
-    if resuming and 'task' not in texts:
-        start['task'] = checkpoint['task']
-        if start['task'].endswith('.py'):
-            fail(f"a checkpoint must not choose what code runs: its task is a file, add --task={start['task']}")
-    with one_line(f"--task={start['task']}", ValueError, OSError):
-        kind = find_task(start['task'])
+    paths = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in PATHS}
+    name = paths['task']
     if texts.keys() & {'help', 'h'}:
-        print_help(kind)
+        print_help(find_task(name))
+    paths['out_dir'] = paths['out_dir'].replace('TASK', os.path.basename(name).removesuffix('.py'))
+    checkpoint = open_start(paths['init_from'], paths['out_dir'])
+    resuming = paths['init_from'] == 'resume'
+    if resuming and 'task' not in texts:
+        name = paths['task'] = checkpoint['task']
+        if name.endswith('.py'):
+            fail(f"a checkpoint must not choose what code runs: its task is a file, add --task={name}")
+    with one_line(f'--task={name}', ValueError, OSError):
+        kind = find_task(name)
     defaults = SETTINGS | parameters(kind)
-    given = {name: typed(name, text, defaults, kind) for name, text in texts.items()} | start
-    stored = checkpoint['settings'] if checkpoint else {}
+    given = {setting: typed(setting, text, defaults, name) for setting, text in texts.items()} | paths
 
-    device = join_ranks(given.get('device', stored.get('device', 'auto') if resuming else 'auto'), given)
-    fits = kind.defaults | (GPU if device.startswith('cuda') else {}) # a Mac's GPU is taken for a laptop's
+    stored = checkpoint['settings'] if checkpoint else {}
+    fits = dict(kind.defaults)
+    device = local_device(given.get('device', stored['device'] if resuming else 'auto'))
+    if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
+        fits |= GPU
     if checkpoint:
         fits |= (PRETRAINED if 'folder' in checkpoint else {}) | dict(warmup_steps=0)
-        fits |= {name: stored[name] for name in stored if name in parameters(kind)}
-        fits |= {name: checkpoint['config'][name] for name in SIZES['50m']}
-    settings = defaults | fits | (stored if resuming else {}) | given | dict(device=device)
+        fits |= {setting: stored[setting] for setting in parameters(kind) if setting in stored}
+        fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
+    if resuming:
+        fits = stored
+    settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
     check_settings(settings, checkpoint)
-    globals().update({name: settings[name] for name in SETTINGS})
-    changed = {name: settings[name] for name in fits if name not in given and not resuming}
-    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, {world_size} rank(s), "
-           f"torch {torch.__version__}", *[f'{name}={value}' for name, value in changed.items()], sep=', ')
+    globals().update({setting: settings[setting] for setting in SETTINGS})
+    join_ranks()
+    print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
+           f"{world_size} rank(s), torch {torch.__version__}")
+    chosen = [f'{setting}={value}' for setting, value in fits.items() if setting not in given]
+    if chosen and not resuming:
+        print0('chosen for this task, machine or start:', ', '.join(chosen))
     return settings, checkpoint
 
 
@@ -709,22 +732,25 @@ def read_arguments(argv):
     return texts
 
 
-def typed(name, text, defaults, kind):
-    """Return a setting's text as the type of its default. One line and exit for a text that does not fit, and for a
-    name that neither this file nor the task's class takes."""
+def typed(name, text, defaults, task_name):
+    """Return a setting's text as the type of its default. One line and exit for a text that does
+    not fit, and for a name that neither this file nor the task's class takes."""
     if name not in defaults:
-        close = difflib.get_close_matches(name, defaults, n=1)
-        fail(f"unknown setting --{name}{f'; did you mean --{close[0]}?' if close else ''} (--task={kind.__name__.lower()} "
-             f"takes {', '.join(f'--{own}' for own in parameters(kind)) or 'none of its own'})")
+        close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
+        own = [f'--{setting}' for setting in defaults if setting not in SETTINGS]
+        fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes "
+             f"{', '.join(own) or 'none of its own'})")
     expected = type(defaults[name])
     try:
         return dict(true=True, false=False)[text.lower()] if expected is bool else expected(text)
     except (KeyError, ValueError):
-        fail(f"--{name} must be {'true or false' if expected is bool else f'of type {expected.__name__}'}, not {text!r}")
+        words = 'true or false' if expected is bool else f'of type {expected.__name__}'
+        fail(f"--{name} must be {words}, not {text!r}")
 
 
 def print_help(kind):
-    """Print the settings with their comments, as they stand in this file and in the tasks' classes, and leave."""
+    """Print the settings with their comments, as they stand in this file and in the tasks' classes,
+    and leave."""
     with open(__file__, encoding='utf-8') as file:
         print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
     for its_class in {**dict.fromkeys(TASKS.values()), kind: None}:
@@ -742,11 +768,13 @@ def check_settings(settings, checkpoint):
             fail(f"--{name} must be {' or '.join(CHOICES[name])}, not {settings[name]!r}")
     for name, default in SETTINGS.items():
         least = LEAST.get(name, 0) # where it is not just above 0
-        if type(default) in (int, float) and not (least <= settings[name] < 2 ** 63 and (settings[name] or name in LEAST)):
+        value = settings[name]
+        if type(default) in (int, float) and not (least <= value < 2 ** 63 and (value or name in LEAST)):
             fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'}, not {settings[name]}")
     for name in SIZES['50m'] if checkpoint else ():
         if settings[name] != checkpoint['config'][name]:
-            fail(f"--{name}={settings[name]} does not fit the checkpoint's model, which has {checkpoint['config'][name]}")
+            fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
+                 f"which has {checkpoint['config'][name]}")
     group = settings['num_responses_per_prompt'] if settings['algorithm'] == 'grpo' else 1
     if settings['algorithm'] == 'grpo' and group < 2:
         fail("--algorithm=grpo compares the responses to a prompt: --num_responses_per_prompt must be at least 2")
@@ -757,7 +785,8 @@ def check_settings(settings, checkpoint):
 
 
 def read_cluster():
-    """Read which rank this is among how many, as torchrun and clusters say it. One line and exit when they say half."""
+    """Read which rank this is among how many, as torchrun and clusters say it. One line and exit
+    when they say half."""
     global rank, world_size
     names = ('RANK', 'WORLD_SIZE', 'MASTER_ADDR', 'MASTER_PORT')
     given = {name: os.environ[name] for name in names if os.environ.get(name)} # empty is absent
@@ -767,29 +796,31 @@ def read_cluster():
         fail(f"of the variables {', '.join(names)} only {given} are set: start with torchrun, or unset them")
 
 
-def join_ranks(name, given):
-    """Pick this rank's device, share out the cores, join the other ranks. Returns the device."""
-    read_cluster()
-    local_rank, local_ranks = (int(os.environ.get(name) or default) for name, default in (
-        ('LOCAL_RANK', 0), ('LOCAL_WORLD_SIZE', 1)))
+def local_device(name):
+    """Return the device of this rank; of several GPUs each rank on a machine has its own."""
     device = pick_device(name)
     if device == 'cuda':
-        if torch.cuda.device_count() < local_ranks:
-            fail(f"{local_ranks} processes, but {torch.cuda.device_count()} GPU(s) here: lower --nproc_per_node")
-        device = f'cuda:{local_rank}'
+        if torch.cuda.device_count() < LOCAL_RANKS:
+            fail(f"{LOCAL_RANKS} processes, but {torch.cuda.device_count()} GPU(s) here: lower --nproc_per_node")
+        device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
+    return device
+
+
+def join_ranks():
+    """Join the other ranks, and set the device up for this one."""
+    if device.startswith('cuda'):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    if device == 'cpu' and local_ranks > 1: # torchrun gives each of several processes one thread
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_ranks))
+    if device == 'cpu' and LOCAL_RANKS > 1: # torchrun gives each of several processes one thread
+        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_RANKS))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Keep freed memory for the next tensor instead of giving it back: a fifth faster
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
         for parameter, value in ((-3, 2 ** 25), (-1, 2 ** 31 - 1)):
             ctypes.CDLL(None).mallopt(parameter, value)
-    if (world_size > 1 or given.get('cpu_offload')) and not dist.is_initialized():
+    if world_size > 1 or cpu_offload: # FSDP offloads to the CPU, on one rank too
         alone = {} if world_size > 1 else dict(store=dist.HashStore(), rank=0, world_size=1)
         dist.init_process_group('cpu:gloo,cuda:nccl' if device.startswith('cuda') else 'gloo', **alone)
-    return device
 
 
 def leave_ranks():
@@ -804,26 +835,33 @@ def leave_ranks():
 # --------------------------------------------------------------------------------------------------
 # Checkpoints
 
-def open_start(task, out_dir, init_from):
-    """Return the checkpoint, or what is needed of pretrained weights, that a run starts from; None from scratch. One
-    line and exit when there is none, or when the run would overwrite another."""
-    if init_from == 'resume':
-        saved = checkpoints(out_dir)
-        return load_checkpoint(saved[-1]) if saved else fail(
-            f"nothing to resume: no checkpoint was saved in {out_dir}; start without --init_from=resume"
-            + ', and delete the folder first' * os.path.exists(out_dir))
-    refuse_to_overwrite(out_dir)
-    if init_from == 'scratch':
+def open_start(start, folder):
+    """Return the checkpoint, or what is needed of pretrained weights, that a run in this folder
+    starts from; None from scratch. One line and exit when there is none, or when the run would
+    overwrite another."""
+    if start == 'resume':
+        if saved := checkpoints(folder):
+            return load_checkpoint(saved[-1])
+        fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
+             "with another --out_dir if the folder is there")
+    refuse_to_overwrite(folder)
+    if start == 'scratch':
         return None
-    path = newest_model(glob.escape(init_from)) or init_from # where it is the folder of a run
-    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as models at Hugging Face are
-    if os.path.isfile(path) or not named and not os.path.isdir(path):
+    path = newest_model(glob.escape(start)) or start # where it is the folder of a run
+    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
+    if os.path.isdir(path):
+        return open_pretrained(path, path)
+    if os.path.exists(path) or not named:
         return load_checkpoint(path)
-    folder = path
-    with one_line(f"{path}, which is not a file or folder here," if not os.path.isdir(path) else path):
-        if not os.path.isdir(path):
-            from huggingface_hub import snapshot_download
-            folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
+    with one_line(f'{path}, which is not a file or folder here,'):
+        from huggingface_hub import snapshot_download
+        files = ['*.json', '*.jinja', 'model*.safetensors']
+        return open_pretrained(path, snapshot_download(path, allow_patterns=files))
+
+
+def open_pretrained(name, folder):
+    """Return what build needs of pretrained weights: where they are, their config and tokenizer."""
+    with one_line(name):
         config = dataclasses.asdict(read_config(folder))
         return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={})
 
@@ -831,7 +869,8 @@ def open_start(task, out_dir, init_from):
 def checkpoints(folder):
     """Return the paths of the checkpoints in a run's folder that can be resumed, oldest first."""
     names = glob.glob('checkpoint_step_*.pt', root_dir=folder)
-    return [os.path.join(folder, name) for name in sorted(names, key=lambda name: (len(name), name))] # by number
+    by_number = sorted(names, key=lambda name: (len(name), name))
+    return [os.path.join(folder, name) for name in by_number]
 
 
 def refuse_to_overwrite(folder):
@@ -843,8 +882,8 @@ def refuse_to_overwrite(folder):
 
 
 def claim(folder):
-    """Lock a run's folder until this process ends, however it ends. Returns the lock. One line and exit when another
-    process has it."""
+    """Lock a run's folder until this process ends, however it ends. Returns the lock. One line and
+    exit when another process has it."""
     if rank:
         return None
     os.makedirs(folder, exist_ok=True)
@@ -858,14 +897,15 @@ def claim(folder):
         fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
     if init_from != 'resume':
         refuse_to_overwrite(folder) # another process may have filled it a moment ago
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # of one that was killed while it saved
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # one was killed while it saved
         os.remove(path)
     return lock
 
 
 def save_checkpoint(run, final=False):
-    """Write all of the run's state, or for the final model what sampling needs, to a temporary file, flush it, rename
-    it: a checkpoint is whole or not there. Every rank takes part, because weights are gathered; rank 0 writes."""
+    """Write all of the run's state, or for the final model what sampling needs, to a temporary
+    file, flush it, rename it: a checkpoint is whole or not there. Every rank takes part, because
+    weights are gathered; rank 0 writes."""
     checkpoint = dict(format=FORMAT, task=task, step=run.step, tokenizer=run.tokenizer.state,
                       settings=run.settings | dict(device=device.partition(':')[0]),
                       config=dataclasses.asdict(run.model.config), model=gathered(run.model.state_dict()))
@@ -873,7 +913,8 @@ def save_checkpoint(run, final=False):
         checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
             optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
             scaler=run.scaler.state_dict(), reference=run.reference and run.reference.state_dict(),
-            base=None if run.base is run.reference else run.base.state_dict())
+            base=None if run.base is run.reference else run.base.state_dict(),
+            stage1_values=run.stage1_values)
     if rank:
         return
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
@@ -905,16 +946,18 @@ def restore(run, checkpoint):
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
         run.optimizers = make_optimizers(run.model)
+    if checkpoint['stage1_values'] is not None: # a copy, because the file is mapped and may have to go
+        run.stage1_values = checkpoint['stage1_values'].to(device, copy=True)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
         optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
         for p, averages in optimizer.state.items():
             for name, value in averages.items():
-                if torch.is_tensor(value): # cloned, because the file is mapped and may have to go
+                if torch.is_tensor(value):
                     averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
     run.scaler.load_state_dict(checkpoint['scaler'])
-    for name, size in zip(LOGS, checkpoint['logged']) if rank == 0 else (): # what came later is logged again
-        if os.path.exists(os.path.join(out_dir, name)):
-            os.truncate(os.path.join(out_dir, name), size)
+    for name, size in zip(LOGS, checkpoint['logged']):
+        if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
+            os.truncate(os.path.join(out_dir, name), size) # what came later is logged again
     print0(f"resuming at step {run.step}")
 
 
@@ -929,8 +972,9 @@ def checkpoint_if_due(run):
 # Signals and records
 
 def catch_signals():
-    """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run and leave. A signal
-    that is ignored, as under nohup, stays ignored; a second one ends the run at once."""
+    """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run
+    and leave. A signal that is ignored, as under nohup, stays ignored; a second one ends the run at
+    once."""
     global stop_signal
     stop_signal = 0
     def request_stop(number, frame):
@@ -975,7 +1019,8 @@ def report(run, phase, metrics, every=1):
 
 
 def hint(run, metrics):
-    """Say once, when the metrics show that something goes wrong, what it is and which setting mends it."""
+    """Say once, when the metrics show that something goes wrong, what it is and which setting mends
+    it."""
     run.rewards.append(metrics['reward'])
     start, now, steps = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:]), len(run.rewards)
     fallen = now < start - 0.1
@@ -1001,7 +1046,8 @@ def parameters_of(run):
 
 
 def record(run, name, row):
-    """Append one JSON line to a file in out_dir, and send its numbers to the tracker if there is one, by rank 0."""
+    """Append one JSON line to a file in out_dir, and send its numbers to the tracker if there is
+    one, by rank 0."""
     if rank:
         return
     if run.track and 'phase' in row:
@@ -1012,8 +1058,8 @@ def record(run, name, row):
 
 
 def open_tracker(run):
-    """Give the run a function that sends numbers, with their step, to wandb or TensorBoard. At wandb a run that is
-    resumed keeps its id."""
+    """Give the run a function that sends numbers, with their step, to wandb or TensorBoard. At
+    wandb a run that is resumed keeps its id."""
     if rank or tracker == 'none':
         return
     with one_line(f'--tracker={tracker}'):

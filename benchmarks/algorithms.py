@@ -57,7 +57,7 @@ def run(task, seed, settings, common, extra):
     more = stage1_responses(common) // common['batch_size'] if settings[:1] == GRPO else 0
     process = subprocess.Popen([
         sys.executable, os.path.join(top, 'train.py'), f'--task={task}', f'--init_from={top}/assets/{task}_base.pt',
-        f'--out_dir={folder}', f'--seed={seed}', *settings, *extra, f'--max_steps={common["max_steps"] + more}'])
+        f'--out_dir={folder}', f'--seed={seed}', *extra, *settings, f'--max_steps={common["max_steps"] + more}'])
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         sys.exit(f'train.py stopped, see above: {folder}')

@@ -29,15 +29,14 @@ COLUMNS = ('parameters', 'rollout', 'update', 'memory')
 
 
 def one(arguments):
-    """Take the steps of one row. Prints its COLUMNS: a number, seconds of sampling, of the reference and the update,
-    GB."""
+    """Take the steps of one row. Prints its COLUMNS: a number, seconds of sampling, of reference and update, GB."""
     run = train.build(*train.configure(arguments))
     run.base = run.reference = train.frozen_copy(run.model)
     run.optimizers = train.make_optimizers(run.model)
     never_end(run)
     steps = [train.policy_step(run) for _ in range(4)][1:]
-    rollout, update = (statistics.median(step[f'seconds_{one}'] + step[f'seconds_{other}'] for step in steps)
-                       for one, other in (('rollout', 'grading'), ('reference', 'update')))
+    rollout, update = (statistics.median(step[f'seconds_{first}'] + step[f'seconds_{second}'] for step in steps)
+                       for first, second in (('rollout', 'grading'), ('reference', 'update')))
     memory = torch.cuda.max_memory_allocated() if run.settings['device'].startswith('cuda') else \
         resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     print('RESULT', run.model.num_params(), rollout, update, memory / 1e9)
