@@ -49,12 +49,15 @@ TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2
 SMALL = ['grid', 'equation', 'sorting'] # of examples/
 
 
+TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--master_port=0', '--rdzv_backend=c10d',
+            '--rdzv_endpoint=localhost:0'] # at a free port
+
+
 def script(*command, ranks=0, **options):
     """Run a script of the repo in a process of its own, with torchrun when ranks are given."""
-    launcher = ['-m', 'torch.distributed.run', f'--nproc_per_node={ranks}', '--master_port=0', '--rdzv_backend=c10d',
-                '--rdzv_endpoint=localhost:0'] if ranks else []
-    return subprocess.run([sys.executable, *launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True,
-                          timeout=600, **dict(env=ENVIRONMENT) | options)
+    launcher = [*TORCHRUN, f'--nproc_per_node={ranks}'] if ranks else [sys.executable]
+    return subprocess.run([*launcher, *map(str, command)], cwd=HERE, capture_output=True, text=True, timeout=600,
+                          **dict(env=ENVIRONMENT) | options)
 
 
 @pytest.fixture
@@ -1264,9 +1267,8 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
 def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path, number):
     launcher = subprocess.Popen(
-        [sys.executable, '-m', 'torch.distributed.run', '--nproc_per_node=2', '--master_port=0', 'train.py', *TINY,
-         '--warmup_steps=100000', f'--out_dir={tmp_path}/run'], cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE, text=True)
+        [*TORCHRUN, '--nproc_per_node=2', 'train.py', *TINY, '--warmup_steps=100000', f'--out_dir={tmp_path}/run'],
+        cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     wait_for(launcher, f'{tmp_path}/run/metrics.jsonl')
     time.sleep(1)
     launcher.send_signal(number)
