@@ -629,10 +629,11 @@ def optimizer_step(run):
     policy = [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
     norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item()
                        for part in (policy, head))
-    if not math.isfinite(norm + head_norm) and run.scaler.get_scale() <= 1:
+    finite = math.isfinite(norm + head_norm)
+    if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
              f"--value_learning_rate; the checkpoints in {out_dir} are good")
-    for optimizer in run.optimizers:
+    for optimizer in run.optimizers if finite else ():
         run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad()
@@ -678,7 +679,7 @@ def configure(argv):
     paths = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in PATHS}
     name = paths['task']
     if texts.keys() & {'help', 'h'}:
-        print_help(find_task(name))
+        print_help(name)
     paths['out_dir'] = paths['out_dir'].replace('TASK', os.path.basename(name).removesuffix('.py'))
     checkpoint = open_start(paths['init_from'], paths['out_dir'])
     resuming = paths['init_from'] == 'resume'
@@ -748,9 +749,11 @@ def typed(name, text, defaults, task_name):
         fail(f"--{name} must be {words}, not {text!r}")
 
 
-def print_help(kind):
+def print_help(task_name):
     """Print the settings with their comments, as they stand in this file and in the tasks' classes,
     and leave."""
+    with one_line(f'--task={task_name}', ValueError, OSError):
+        kind = find_task(task_name)
     with open(__file__, encoding='utf-8') as file:
         print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
     for its_class in {**dict.fromkeys(TASKS.values()), kind: None}:

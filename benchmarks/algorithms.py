@@ -1,13 +1,14 @@
 """
-A*PO against GRPO, and A*PO with one setting changed: from the same warmed-up base in assets/, with as many sampled
-responses, over several seeds. Prints a table and draws accuracy against minutes and responses.
+A*PO against GRPO, and A*PO with one setting changed: from the same warmed-up base in assets/, with
+as many sampled responses, over several seeds. Prints a table and draws accuracy against minutes and
+responses.
 
     python benchmarks/algorithms.py --seeds=3                      # the two algorithms
     python benchmarks/algorithms.py --table=rates --seeds=1        # the learning rate of each
     python benchmarks/algorithms.py --table=ablations --seeds=1    # A*PO, one setting away from the default
 
-Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. Only A*PO has a
-stage 1: what it samples there GRPO gets as further steps.
+Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. Only
+A*PO has a stage 1: what it samples there GRPO gets as further steps.
 """
 import argparse
 import json
@@ -40,7 +41,8 @@ def main():
     args, extra = parser.parse_known_args() # what else is given goes to train.py
     kind = TASKS[args.task]
     common = train.SETTINGS | train.parameters(kind) | kind.defaults # what all runs have, but for the table's
-    common |= {name: train.typed(name, text, common, kind) for name, text in train.read_arguments(extra).items()}
+    texts = train.read_arguments(extra)
+    common |= {name: train.typed(name, text, common, args.task) for name, text in texts.items()}
     results = {name: [run(args.task, seed, settings, common, extra) for seed in range(1, args.seeds + 1)]
                for name, settings in TABLES[args.table].items()
                if train.read_arguments(settings).keys() <= common.keys()} # multiplication has no partial_credit
@@ -89,7 +91,7 @@ def print_table(results):
 
 
 def plot(results, common, path):
-    """Draw held-out accuracy, the mean over the seeds, against minutes and against sampled responses."""
+    """Draw held-out accuracy, a mean over the seeds, against minutes and sampled responses."""
     import matplotlib
     matplotlib.use('Agg')
     import matplotlib.pyplot as plt

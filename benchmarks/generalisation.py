@@ -1,6 +1,7 @@
 """
-What training did beyond its own puzzles: pass@k before and after A*PO, on the held-out problems and on problems of
-kinds that were never trained on (5 numbers, targets above 100, factors of three digits).
+What training did beyond its own puzzles: pass@k before and after A*PO, on the held-out problems and
+on problems of kinds that were never trained on (5 numbers, targets above 100, factors of three
+digits).
 
     python benchmarks/generalisation.py --num_problems=200 --num_samples=16
 """
@@ -46,10 +47,9 @@ for name, sets in SETS.items():
     for which in ('base', 'trained'):
         path = f'{top}/assets/{name}_{which}.pt'
         checkpoint = load_checkpoint(path)
-        settings = checkpoint['settings']
-        model, task, tokenizer = load(checkpoint, path)
+        models, settings = load(checkpoint, path), checkpoint['settings']
         for kind, chosen in sets.items():
-            batch = respond(model, task, tokenizer, chosen or held_out_problems(task, n), (settings['seed'], EVAL),
+            batch = respond(*models, chosen or held_out_problems(models[1], n), (settings['seed'], EVAL),
                             args.num_samples, max_new_tokens=settings['max_new_tokens'],
                             temperature=settings['eval_temperature'])
             solved = batch.correct.view(-1, args.num_samples).sum(1).int().tolist()

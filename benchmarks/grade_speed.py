@@ -1,6 +1,6 @@
 """
-Microseconds per grade: ordinary demonstrations, with the share of them that is right, and the worst that 256
-characters can do to the verifier.
+Microseconds per grade: ordinary demonstrations, with the share of them that is right, and the worst
+that 256 characters can do to the verifier.
 
     python benchmarks/grade_speed.py
 """

@@ -1,13 +1,15 @@
 """
-How the cost of a step of A*PO grows with the batch, the length of the responses and the model, and what it needs of
-memory: one of the three at a time, from random weights, with responses that never end before the limit.
+How the cost of a step of A*PO grows with the batch, the length of the responses and the model, and
+what it needs of memory: one of the three at a time, from random weights, with responses that never
+end before the limit.
 
     python benchmarks/growth.py                    # on this machine; two cores: 5 minutes
     python benchmarks/growth.py --device=cuda      # what else is given goes to train.py
 
-Every row is a process of its own, so that its peak of memory is its own (resident memory of the whole process on a
-CPU, torch's peak on a GPU). The times are medians of 3 steps after one to warm up. Linear is what the dashed lines
-show; attention's share grows with the square of the length. Draws growth.png, which assets/ holds as of two cores.
+Every row is a process of its own, so that its peak of memory is its own (resident memory of the
+whole process on a CPU, torch's peak on a GPU). The times are medians of 3 steps after one to warm
+up. Linear is what the dashed lines show; attention's share grows with the square of the length.
+Draws growth.png, which assets/ holds as of two cores.
 """
 import os
 import resource
@@ -29,7 +31,7 @@ COLUMNS = ('parameters', 'rollout', 'update', 'memory')
 
 
 def one(arguments):
-    """Take the steps of one row. Prints its COLUMNS: a number, seconds of sampling, of reference and update, GB."""
+    """Take the steps of one row. Prints its COLUMNS: a number, seconds, seconds, GB."""
     run = train.build(*train.configure(arguments))
     run.base = run.reference = train.frozen_copy(run.model)
     run.optimizers = train.make_optimizers(run.model)
@@ -43,8 +45,8 @@ def one(arguments):
 
 
 def never_end(run):
-    """Let no response end before the limit: a copy of the policy samples, whose end-of-sequence has a logit of -inf.
-    The policy itself, which scores the responses, stays as it is."""
+    """Let no response end before the limit: a copy of the policy samples, whose end-of-sequence has
+    a logit of -inf. The policy itself, which scores the responses, stays as it is."""
     run.rollout_model = train.frozen_copy(run.model)
     ends = torch.tensor(run.tokenizer.ends, device=run.settings['device'])
     run.rollout_model.lm_head.register_forward_hook(

@@ -1,16 +1,19 @@
 """
-What fits where: memory per GPU and bytes on the wire per step, for models from 50M to 7B on 1, 8 and 64 GPUs, and the
-settings by which pretrained models fit one GPU. Arithmetic, but for the activations, which autograd's hooks count on
-one block.
+What fits where: memory per GPU and bytes on the wire per step, for models from 50M to 7B on 1, 8
+and 64 GPUs, and the settings by which pretrained models fit one GPU. Arithmetic, but for the
+activations, which autograd's hooks count on one block.
 
     python benchmarks/plan.py
 
-Per parameter. Sharded over the ranks: 4 bytes of master weight, 4 of gradient, 8 of AdamW. Whole on every rank: 2 of
-the model that responds, 2 of the reference, and in an update what computes: 2 that autocast makes or, where the model
-is sharded, 8 of two blocks and the outer weights with their gradients, while they are used. With --cpu_offload the GPU
-holds 2 of one of the two models at a time, and what computes.
-On the wire, per rank and step: every micro-batch gathers the weights in bfloat16 forward and backward and scatters the
-gradients in float32, 2 + 2 + 4 bytes, and the model that responds is refreshed once, 4 (times (ranks - 1) / ranks).
+Per parameter. Sharded over the ranks: 4 bytes of master weight, 4 of gradient, 8 of AdamW. Whole on
+every rank: 2 of the model that responds, 2 of the reference, and in an update what computes: 2 that
+autocast makes or, where the model is sharded, 8 of two blocks and the outer weights with their
+gradients, while they are used. With --cpu_offload the GPU holds 2 of one of the two models at a
+time, and what computes.
+
+On the wire, per rank and step: every micro-batch gathers the weights in bfloat16 forward and
+backward and scatters the gradients in float32, 2 + 2 + 4 bytes, and the model that responds is
+refreshed once, 4 (times (ranks - 1) / ranks).
 """
 import functools
 import itertools
@@ -32,7 +35,7 @@ MODELS = {
                               tie_embeddings=False, **QWEN),
 }
 BATCH, LENGTH, USED = 1024, 1280, 0.5 # responses a step, their most tokens, how much of these is used on average
-# In the order of what they cost: settings to lower, at 1,024 new tokens after a prompt of at most 256.
+# In the order of what they cost: settings to lower, at 1,024 new tokens after a prompt of 256.
 DEFAULTS = dict(micro_batch_tokens=4096, rollout_rows=256, activation_checkpointing=False, cpu_offload=False)
 TRIES = [dict(micro_batch_tokens=tokens, rollout_rows=rows, activation_checkpointing=again, cpu_offload=offload)
          for offload, again, rows, tokens in itertools.product(
@@ -41,7 +44,7 @@ TRIES = [dict(micro_batch_tokens=tokens, rollout_rows=rows, activation_checkpoin
 
 @functools.cache
 def activation_bytes(name, tokens=251):
-    """Count the bytes that one block keeps for its backward pass, per token, under bfloat16 autocast."""
+    """Count the bytes that one block keeps for its backward pass, per token, in bfloat16."""
     config = MODELS[name]
     block, kept = Block(config, 0), {}
     weights = {tuple(sorted(p.shape)) for p in block.parameters()} # and their bfloat16 copies, counted elsewhere

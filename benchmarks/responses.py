@@ -1,11 +1,13 @@
 """
-What the countdown models write, before and after A*PO: how responses end, how often they try, what they repeat.
+What the countdown models write, before and after A*PO: how responses end, how often they try, what
+they repeat.
 
     python benchmarks/responses.py                # both models in assets/ on 500 held-out puzzles, half a minute
     python benchmarks/responses.py --read=100     # and the responses with reward 1 of the trained one, to be read
 
-An attempt is a line of the search. The flawless search of the same puzzle (Countdown.search) says which lines are true
-and how often each may stand there: what is not among them is a mistake, what stands there once more is repeated.
+An attempt is a line of the search. The flawless search of the same puzzle (Countdown.search) says
+which lines are true and how often each may stand there: what is not among them is a mistake, what
+stands there once more is repeated.
 """
 import argparse
 import collections
@@ -24,7 +26,7 @@ args = parser.parse_args()
 
 
 def attempts(lines):
-    """Yield the search lines among these, each with its join in front and without the steps of a solution."""
+    """Yield the search lines among these, each with its join, without the steps of a solution."""
     join = ''
     for line in lines:
         if ')' in line:

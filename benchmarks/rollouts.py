@@ -1,12 +1,14 @@
 """
-Sampled tokens per second, ours against transformers' `generate` on the same weights and prompts, on this machine.
+Sampled tokens per second, ours against transformers' `generate` on the same weights and prompts, on
+this machine.
 
     pip install transformers safetensors
     python benchmarks/rollouts.py
 
-256 held-out puzzles answered by the trained countdown model in assets/, responses that end by themselves; a token
-counts when it is part of a response, up to and including its end-of-sequence. First both must give the same greedy
-tokens. Pairs of runs, one after the other; the ratio is the median over the pairs, with the least and the greatest.
+256 held-out puzzles answered by the trained countdown model in assets/, responses that end by
+themselves; a token counts when it is part of a response, up to and including its end-of-sequence.
+First both must give the same greedy tokens. Pairs of runs, one after the other; the ratio is the
+median over the pairs, with the least and the greatest.
 """
 import argparse
 import os

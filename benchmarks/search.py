@@ -1,6 +1,7 @@
 """
-What programs reach on the held-out countdown puzzles without learning, to read the accuracies by: random expressions,
-right when one of them is, and the demonstrations' search carried on without mistakes until a number of tokens.
+What programs reach on the held-out countdown puzzles without learning, to read the accuracies by:
+random expressions, right when one of them is, and the demonstrations' search carried on without
+mistakes until a number of tokens.
 
     python benchmarks/search.py
 """
@@ -36,7 +37,7 @@ def tries_until_right(problem, most):
 
 
 def tokens_until_right(problem):
-    """Count the tokens of the search, its last line without the steps and the answer; infinite if it fails."""
+    """Count the tokens of the search, its last line without the steps; infinite if it fails."""
     tokens = 0
     for line, solution in task.search(problem):
         tokens += len(tokenizer.encode(line + '\n'))

@@ -1,23 +1,26 @@
 """
-Seconds of one whole A*PO step (sample, log-probabilities of the reference, update), ours against TRL's
-`trl.experimental.a2po` on the same weights, prompts, batch and limit of length, float32, on this machine's CPU.
+Seconds of one whole A*PO step (sample, log-probabilities of the reference, update), ours against
+TRL's `trl.experimental.a2po` on the same weights, prompts, batch and limit of length, float32, on
+this machine's CPU.
 
     pip install trl==1.16.0                   # brings transformers, datasets, accelerate and safetensors
     python benchmarks/steps.py                # all rows of the table, 5 minutes on two cores; --rows=1 only the first
 
-In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling, the
-logit of end-of-sequence is -inf, ours by a hook (see growth.py), theirs by generate's suppress_tokens. In rows 3 and 4
-responses end by themselves. First both must give the same log-probabilities, rewards and gradient on the same
-responses.
+In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling,
+the logit of end-of-sequence is -inf, ours by a hook (see growth.py), theirs by generate's
+suppress_tokens. In rows 3 and 4 responses end by themselves. First both must give the same
+log-probabilities, rewards and gradient on the same responses.
 
-Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on ours also drawing
-the problems, the value head and all metrics. Not included: stage 1 (TRL is given some V*), TRL's data loader,
-logging, saving. Under the table: how many floating-point operations the matrix multiplies of one of our steps make,
-and the seconds these take at the rate of a large one, which no step in float32 can go below, and the share of these
-and of attention in a profile. TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no
-gradient checkpointing, top_k=0 (None becomes transformers' 50), and the allocator settings of train.py. Learning
-rates are 1e-6, so that responses keep their length. The steps come in pairs, theirs and then ours on the same
-problems, in one process; the ratio is the median over the pairs, with the least and the greatest.
+Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on
+ours also drawing the problems, the value head and all metrics. Not included: stage 1 (TRL is given
+some V*), TRL's data loader, logging, saving. Under the table: how many floating-point operations
+the matrix multiplies of one of our steps make, and the seconds these take at the rate of a large
+one, which no step in float32 can go below, and the share of these and of attention in a profile.
+TRL gets the batch in one piece, in row 4 in four (faster than two or eight), no gradient
+checkpointing, top_k=0 (None becomes transformers' 50), and the allocator settings of train.py.
+Learning rates are 1e-6, so that responses keep their length. The steps come in pairs, theirs and
+then ours on the same problems, in one process; the ratio is the median over the pairs, with the
+least and the greatest.
 """
 import argparse
 import contextlib
@@ -51,8 +54,8 @@ except ImportError:
     sys.exit('error: this comparison needs a package: pip install trl==1.16.0')
 
 RANDOM_5M = ['--warmup_steps=0', '--d_model=256', '--n_layers=6', '--n_heads=8', '--n_kv_heads=8', '--d_ff=768']
-# Task, where the weights come from, prompts, limit of length, whether responses end by themselves, and in how many
-# pieces TRL takes the batch.
+# Task, where the weights come from, prompts, limit of length, whether responses end by themselves,
+# and in how many pieces TRL takes the batch.
 ROWS = [
     ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 256, 48, False, 1),
     ('countdown', RANDOM_5M, 256, 64, False, 1),
@@ -74,7 +77,8 @@ def our_run(task, weights, prompts, limit, ends, folder):
 
 
 def their_trainer(run, ends, pieces, steps, folder):
-    """Return TRL's trainer with our weights and problems; the text that it sees is our token ids with spaces between."""
+    """Return TRL's trainer with our weights and problems. The text that it sees is our token ids
+    with spaces between them."""
     settings = run.settings
     save_pretrained(run.model, f'{folder}/model', run.tokenizer.ends)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32)
@@ -143,7 +147,7 @@ def print_bound(run):
 
 
 def check(run, trainer, rows=32):
-    """Compare log-probabilities, rewards, and the gradient at the embedding, on the same responses."""
+    """Compare log-probabilities, rewards and the embedding's gradient on the same responses."""
     settings, key = run.settings, (run.settings['seed'], TRAIN, 0)
     problems = [p for p, _ in run.task.training_problems(key, range(rows))]
     batch = respond(run.rollout_model, run.task, run.tokenizer, problems, key,

@@ -1,12 +1,14 @@
 """
-Training tokens per second, forward and backward, ours against padded batches: 16 rows as they come, all as long as the
-longest of these, logits at every position. The same model, weights and responses; only tokens of responses count.
+Training tokens per second, forward and backward, ours against padded batches: 16 rows as they come,
+all as long as the longest of these, logits at every position. The same model, weights and
+responses; only tokens of responses count.
 
     python benchmarks/updates.py
 
-The model of assets/ on 256 responses of its own, and a 50M model on an eighth of these, which is also compared with the
-rate of a matrix multiply in bfloat16. First both must give the same gradient. Pairs of passes, one after the other; the
-ratio is the median over the pairs, with the least and the greatest.
+The model of assets/ on 256 responses of its own, and a 50M model on an eighth of these, which is
+also compared with the rate of a matrix multiply in bfloat16. First both must give the same
+gradient. Pairs of passes, one after the other; the ratio is the median over the pairs, with the
+least and the greatest.
 """
 import argparse
 import os
@@ -72,7 +74,7 @@ def compare(name, model, tokens, mask, dtype):
 
 
 def matmul_rate(dtype, n=2048):
-    """Return the floating-point operations per second of a square matrix multiply, the best of ten."""
+    """Return the operations per second of a square matrix multiply, the best of ten."""
     x = torch.randn(n, n).to(dtype)
     return 2 * n ** 3 / min(seconds(torch.mm, x, x) for _ in range(10))
 
