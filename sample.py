@@ -36,7 +36,6 @@ from tasks import END_THINK, EOS, THINK, WRONG, PretrainedTokenizer, Tokenizer, 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
-PARTS = ('rollout', 'reference', 'update', 'grading') # of a step of A*PO, timed
 INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
@@ -79,7 +78,8 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
     for start in range(0, len(problems), rollout_rows):
         part = problems[start:start + rollout_rows]
         prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in part]
-        rngs = [np.random.default_rng((*key, first + start + i)) for i in range(len(part))]
+        # The last 1 keeps the noise apart from the numbers that drew the problem of that index.
+        rngs = [np.random.default_rng((*key, first + start + i, 1)) for i in range(len(part))]
         noise = torch.from_numpy(np.stack([rng.random(max_new_tokens, np.float32) for rng in rngs]))
         pieces.append(generate(model, prompts, max_new_tokens, temperature, tokenizer.ends, noise, watch))
         done, spent = start + len(part), time.monotonic() - started

@@ -691,6 +691,18 @@ def test_what_is_sampled_does_not_depend_on_who_samples_it(countdown_base):
         assert respond(*countdown_base, problems, key, repeat=2, **options).texts != whole.texts
 
 
+def test_the_noise_is_not_made_of_the_numbers_that_drew_the_problem(countdown_base, monkeypatch):
+    """Or what is sampled would depend on the puzzle in ways that no policy has."""
+    seen = []
+    monkeypatch.setattr(sample, 'generate', lambda *arguments: seen.append(arguments[5]) or generate(*arguments))
+    key = (7, TRAIN, 3)
+    problems = [problem for problem, _ in countdown_base[1].training_problems(key, range(8))]
+    respond(*countdown_base, problems, key, max_new_tokens=40, temperature=1.0)
+    drawn = torch.stack([torch.from_numpy(np.random.default_rng((*key, i)).random(40, np.float32)) for i in range(8)])
+    assert seen[0].shape == drawn.shape and not (seen[0] == drawn).any()
+    assert abs(torch.corrcoef(torch.stack((seen[0].flatten(), drawn.flatten())))[0, 1]) < 0.2
+
+
 def test_evaluation_is_summarized_with_its_interval(countdown_base):
     rows = [dict(reward=i < 90, correct=i < 90, formatted=1, truncated=0, length=i, difficulty='ab'[i % 2])
             for i in range(100)]
