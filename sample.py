@@ -63,9 +63,9 @@ GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length')
 def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, first=0,
             rollout_rows=1024, watch=None, progress=''):
     """
-    Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. This is
-    the one place where rewards are decided: a response that did not end within max_new_tokens is
-    truncated, its reward 0.
+    Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. Every
+    reward is decided here, for stage 1, stage 2 and evaluation alike: it is what the task's `grade`
+    says, or 0 for a response that was truncated, because it did not end within max_new_tokens.
 
     The noise of a response follows from the integers in key and from its index in the whole batch,
     where `first` is that of the first one here: so it does not matter how ranks and pieces share
@@ -166,17 +166,18 @@ def main():
                    max_new_tokens=args.max_new_tokens or settings['max_new_tokens'])
     print(f"{path}: {checkpoint['task']}, {model.num_params():,} parameters, "
           f"step {checkpoint['step']}, temperature {temperature}")
-    if args.eval:
-        return grade_held_out(models, options, path, args.num_problems or 2000)
-    if args.prompt is not None:
-        with one_line('this problem', ValueError):
+    with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
+        if args.eval:
+            return grade_held_out(models, options, path, args.num_problems or 2000)
+        if args.prompt is not None:
             return show(models, options, [task.parse(args.prompt)])
-    show(models, options, held_out_problems(task, args.num_problems or 5))
-    while sys.stdin.isatty() and (text := input('\na problem of yours (empty line to leave): ')):
-        try:
-            show(models, options, [task.parse(text)])
-        except ValueError as error:
-            print(error)
+        show(models, options, held_out_problems(task, args.num_problems or 5))
+    with contextlib.suppress(EOFError, KeyboardInterrupt): # how people leave a prompt
+        while sys.stdin.isatty() and (text := input('\na problem of yours (empty line to leave): ')):
+            try:
+                show(models, options, [task.parse(text)])
+            except ValueError as error:
+                print(error)
 
 
 def parse_arguments():
@@ -301,7 +302,8 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
         config.max_seq_len = max(config.max_seq_len, task.longest_prompt + (max_new_tokens or 0))
     model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
     model.allocate(device)
-    model.load_state_dict(checkpoint['model'])
+    for name, p in model.named_parameters():
+        p.copy_(checkpoint['model'][name])
     return model, task, tokenizer
 
 
@@ -351,11 +353,13 @@ def newest_model(folder):
             return max(found, key=os.path.getmtime)
 
 
-def pick_device(device):
-    """Return the device of that name, where 'auto' is the best one here. One line and exit when it
-    cannot be used."""
+def pick_device(device, local_rank='0'):
+    """Return the device of that name, where 'auto' is the best one here, and of several GPUs that of
+    this rank. One line and exit when it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
+    if device == 'cuda':
+        device = f'cuda:{local_rank}'
     with one_line(f'--device={device}'):
         torch.empty(1, device=device)
     return device
@@ -382,29 +386,31 @@ def one_line(name, *kinds):
 
 
 def run_script(main, lower):
-    """Call a script's main. What a user or the machine caused ends in one line and exit status 1;
-    `lower` names the settings to lower where memory runs out."""
+    """Call a script's main. What the machine did to it ends in one line, on every rank that it met,
+    and exit status 1; `lower` names the settings to lower where memory runs out."""
     sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
     try:
         main()
-    except (EOFError, KeyboardInterrupt): # how people leave a prompt
-        print()
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError: # whoever read this, like head, has read enough
         os._exit(0)
     except OSError as error: # a folder that cannot be written, a full disk
-        fail(f'{error.filename or "the output"}: {error.strerror}')
+        sys.exit(f'error: {error.filename or ""}: {error.strerror or error}')
     except RuntimeError as error:
-        message = str(error).splitlines()[0][:120]
+        message = ' '.join(str(error).split())[:120]
         if re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):
-            fail(f'out of memory: lower {lower} ({message})')
+            sys.exit(f'error: out of memory: lower {lower} ({message})')
+        if 'inline_container' in str(error): # as torch.save says it
+            sys.exit(f'error: a checkpoint could not be written, is the disk full? Earlier ones are whole ({message})')
         if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
-            fail(f'another rank died; continue with --init_from=resume ({message})')
+            sys.exit(f'error: another rank died; continue with --init_from=resume ({message})')
         raise
 
 
 def fail(message):
-    """End the program with one line and exit status 1; where there are several machines, one line
-    on each."""
+    """End the program with one line and exit status 1. All ranks meet what is told so, and on each
+    machine the first one speaks."""
     sys.exit(f'error: {message}' if (os.environ.get('LOCAL_RANK') or '0') == '0' else 1)
 
 

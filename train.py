@@ -11,6 +11,7 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
 Every setting below can be given as --name=value or --name value; --help lists them, those of the tasks too.
 """
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import difflib
@@ -29,6 +30,7 @@ import time
 import numpy as np
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch.distributed.fsdp import (
     CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard)
 from torch.distributed.tensor import distribute_tensor
@@ -105,7 +107,7 @@ LEAST = dict(seed=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, r
 # 150,000 logits of a token.
 GPU = dict(
     **SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
-    num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072, rollout_rows=4096)
+    num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072)
 PRETRAINED = dict(
     max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, eval_interval=25,
     num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
@@ -155,8 +157,9 @@ class Run:
 
 
 def main():
-    run = build(*configure(sys.argv[1:]))
+    start = configure(sys.argv[1:])
     lock = claim(out_dir) # no other process writes there while this one lives
+    run = build(*start)
     open_tracker(run)
     catch_signals()
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens")
@@ -178,7 +181,8 @@ def main():
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {stage2_step}', one_in=8)
             save_checkpoint(run)
-        # Stage 1: the frozen reference answers each prompt several times, which gives V*.
+        # Stage 1: the reference, which the policy still equals, answers each prompt several times,
+        # which gives V*.
         if algorithm == 'apo' and run.stage1_values is None:
             estimate_values(run)
             save_checkpoint(run)
@@ -187,7 +191,8 @@ def main():
         report(run, algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
-            run.stage1_values = run.stage1_values if fresh_prompts else None
+            if not fresh_prompts:
+                run.stage1_values = None # they are estimated again
         checkpoint_if_due(run)
     finish(run)
     leave_ranks()
@@ -202,8 +207,8 @@ def warm_up_step(run):
     tokens, mask = demonstrations(run) # (B, T)
     total_tokens = all_reduce(mask.sum())
     total_loss = 0.0
-    for rows, tokens, mask in pieces_of(tokens, mask):
-        logprobs, _ = token_logprobs(run.model, tokens, mask, temperature, dtype)
+    for _, *piece in pieces_of(tokens, mask):
+        logprobs, _ = token_logprobs(run.model, *piece, temperature, dtype)
         loss = -logprobs.sum() / total_tokens # the mean over all tokens of all ranks
         run.scaler.scale(loss * world_size).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
@@ -228,7 +233,7 @@ def demonstrations(run):
             if len(response) <= max_new_tokens:
                 break
         else:
-            fail(f"--max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
+            sys.exit(f"error: --max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
         responses.append(response)
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
     masks = [torch.arange(len(row)) >= len(p) for p, row in zip(prompts, rows)]
@@ -263,12 +268,11 @@ def estimate_values(run):
         features = torch.cat([run.reference.trunk(tokens[r])[range(len(r)), ends[r]]
                               for r in rows.split(max(1, micro_batch_tokens // tokens.size(1)))]).float()
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
-    parameters = list(run.model.value_head.parameters())
     for _ in range(100):
-        weight, bias = head = [unshard(p).detach().requires_grad_() for p in parameters]
-        predicted = torch.nn.functional.linear(features, weight, bias).squeeze(1)
+        head = [unshard(p).detach().requires_grad_() for p in run.model.value_head.parameters()]
+        predicted = F.linear(features, *head).squeeze(1) # (prompts of this rank,)
         loss = run.scaler.scale(value_loss(predicted, local_rewards, beta1))
-        for p, gradient in zip(parameters, torch.autograd.grad(loss, head)):
+        for p, gradient in zip(run.model.value_head.parameters(), torch.autograd.grad(loss, head)):
             p.grad = shard(all_reduce(gradient) / world_size, p)
         optimizer_step(run)
     run.stage1_values = values
@@ -350,7 +354,7 @@ def stage2_problems(run):
 
 
 def step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values):
-    """Average over the responses of all ranks what is worth a look."""
+    """Average the metrics of a step over the responses of all ranks."""
     error = residual(logprobs, ref_logprobs, batch.reward, values, beta2)
     columns = dict(
         reward=batch.reward, accuracy=batch.correct, formatted=batch.formatted,
@@ -512,10 +516,12 @@ def initial_weights(model, checkpoint, tokenizer):
 
 
 def shard(whole, p):
-    """Return a whole tensor as the parameter p is held: where the model is sharded, this rank's
-    part of it."""
+    """Return a copy of a whole tensor as the parameter p is held: on its device, and where the model
+    is sharded this rank's part of it. Whatever does not have its shape stays as it is."""
+    if not torch.is_tensor(whole) or whole.shape != p.shape:
+        return copy.deepcopy(whole)
     if not hasattr(p, 'device_mesh'):
-        return whole
+        return whole.to(p.device, copy=True)
     return distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None).to(p.device)
 
 
@@ -557,27 +563,28 @@ def copy_weights(model, whole):
 
 
 @contextlib.contextmanager
-def on_device(copy):
+def on_device(model):
     """Let a copy that samples or is the reference visit the device, where cpu_offload keeps it on
     the CPU."""
     if cpu_offload:
-        copy.to(device)
+        model.to(device)
     yield
     if cpu_offload:
-        copy.to('cpu')
+        model.to('cpu')
 
 
 def make_optimizers(model, muon=False):
     """Make AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks.
     The value head is a small regression beside the policy, with a learning rate of its own."""
-    groups = dict(policy=[], value_head=[], matrices=[])
+    policy, value_head, matrices = [], [], []
     for name, p in model.named_parameters():
         in_block = muon and p.dim() == 2 and 'blocks' in name
-        group = 'value_head' if name.startswith('value_head') else 'matrices' if in_block else 'policy'
-        groups[group].append(p)
-    policy, head, matrices = (dict(params=params, name=name) for name, params in groups.items())
-    adamw = torch.optim.AdamW([policy, head], lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-    return [adamw, Muon([matrices], dict(lr=0.0, momentum=0.95))] if muon else [adamw]
+        (value_head if name.startswith('value_head') else matrices if in_block else policy).append(p)
+    groups = [dict(params=policy, name='policy'), dict(params=value_head, name='value_head')]
+    optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
+    if muon:
+        optimizers += [Muon([dict(params=matrices, name='matrices')], dict(lr=0.0, momentum=0.95))]
+    return optimizers
 
 
 class Muon(torch.optim.Optimizer):
@@ -591,7 +598,9 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure=None):
         for group in self.param_groups:
             for p in group['params']:
-                average = self.state[p].setdefault('average', torch.zeros_like(p))
+                if not self.state[p]:
+                    self.state[p]['average'] = torch.zeros_like(p)
+                average = self.state[p]['average']
                 average.lerp_(p.grad, 1 - group['momentum'])
                 update = p.grad.lerp(average, group['momentum']) # Nesterov
                 update = orthogonalize(unshard(update)) # a shard is no matrix
@@ -619,16 +628,15 @@ def set_learning_rates(run, factor, warmup_rates={}):
 
 
 def optimizer_step(run):
-    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. One line and
-    exit for a gradient that is not finite, but that of a loss which the scaler can scale by
-    less."""
+    """Clip, step, clear. Returns the norm of the policy's gradient before clipping. A gradient that
+    is not finite changes nothing: in float16 the next loss is scaled by less, and where that is not
+    the cause the run ends with one line."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     # The value head by itself, or its gradient, large and noisy, would shrink the policy's.
-    head = list(run.model.value_head.parameters())
     policy = [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
     norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item()
-                       for part in (policy, head))
+                       for part in (policy, run.model.value_head.parameters()))
     finite = math.isfinite(norm + head_norm)
     if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
@@ -680,7 +688,8 @@ def configure(argv):
     name = paths['task']
     if texts.keys() & {'help', 'h'}:
         print_help(name)
-    paths['out_dir'] = paths['out_dir'].replace('TASK', os.path.basename(name).removesuffix('.py'))
+    if 'out_dir' not in texts:
+        paths['out_dir'] = f"out/{os.path.basename(name).removesuffix('.py')}"
     checkpoint = open_start(paths['init_from'], paths['out_dir'])
     resuming = paths['init_from'] == 'resume'
     if resuming and 'task' not in texts:
@@ -690,11 +699,14 @@ def configure(argv):
     with one_line(f'--task={name}', ValueError, OSError):
         kind = find_task(name)
     defaults = SETTINGS | parameters(kind)
+    for setting in SETTINGS.keys() & parameters(kind).keys():
+        fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
     given = {setting: typed(setting, text, defaults, name) for setting, text in texts.items()} | paths
 
     stored = checkpoint['settings'] if checkpoint else {}
     fits = dict(kind.defaults)
-    device = local_device(given.get('device', stored['device'] if resuming else 'auto'))
+    device = given.get('device', stored['device'] if resuming else 'auto')
+    device = pick_device(device, os.environ.get('LOCAL_RANK') or '0')
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
@@ -766,9 +778,9 @@ def print_help(task_name):
 
 def check_settings(settings, checkpoint):
     """End with one line for settings that cannot work."""
-    for name in ('algorithm', 'dtype', 'tracker'):
-        if settings[name] not in CHOICES[name]:
-            fail(f"--{name} must be {' or '.join(CHOICES[name])}, not {settings[name]!r}")
+    for name, choices in CHOICES.items():
+        if settings[name] not in choices:
+            fail(f"--{name} must be {' or '.join(choices)}, not {settings[name]!r}")
     for name, default in SETTINGS.items():
         least = LEAST.get(name, 0) # where it is not just above 0
         value = settings[name]
@@ -782,8 +794,9 @@ def check_settings(settings, checkpoint):
     if settings['algorithm'] == 'grpo' and group < 2:
         fail("--algorithm=grpo compares the responses to a prompt: --num_responses_per_prompt must be at least 2")
     units = dict(batch_size=world_size * group, warmup_batch_size=world_size, num_train_samples=world_size)
+    unused = ['num_train_samples'] * (group > 1) + ['warmup_batch_size'] * (settings['warmup_steps'] == 0)
     for name, unit in units.items():
-        if settings[name] % unit:
+        if settings[name] % unit and name not in unused:
             fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, with GRPO x responses per prompt)")
 
 
@@ -797,16 +810,6 @@ def read_cluster():
         rank, world_size = int(given.get('RANK', 0)), int(given.get('WORLD_SIZE', 1))
     if rank >= world_size or world_size > 1 and len(given) < len(names):
         fail(f"of the variables {', '.join(names)} only {given} are set: start with torchrun, or unset them")
-
-
-def local_device(name):
-    """Return the device of this rank; of several GPUs each rank on a machine has its own."""
-    device = pick_device(name)
-    if device == 'cuda':
-        if torch.cuda.device_count() < LOCAL_RANKS:
-            fail(f"{LOCAL_RANKS} processes, but {torch.cuda.device_count()} GPU(s) here: lower --nproc_per_node")
-        device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
-    return device
 
 
 def join_ranks():
@@ -840,14 +843,12 @@ def leave_ranks():
 
 def open_start(start, folder):
     """Return the checkpoint, or what is needed of pretrained weights, that a run in this folder
-    starts from; None from scratch. One line and exit when there is none, or when the run would
-    overwrite another."""
+    starts from; None from scratch. One line and exit when there is none."""
     if start == 'resume':
         if saved := checkpoints(folder):
             return load_checkpoint(saved[-1])
         fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
              "with another --out_dir if the folder is there")
-    refuse_to_overwrite(folder)
     if start == 'scratch':
         return None
     path = newest_model(glob.escape(start)) or start # where it is the folder of a run
@@ -872,21 +873,13 @@ def open_pretrained(name, folder):
 def checkpoints(folder):
     """Return the paths of the checkpoints in a run's folder that can be resumed, oldest first."""
     names = glob.glob('checkpoint_step_*.pt', root_dir=folder)
-    by_number = sorted(names, key=lambda name: (len(name), name))
-    return [os.path.join(folder, name) for name in by_number]
-
-
-def refuse_to_overwrite(folder):
-    """End with one line that says what works when a folder holds a run."""
-    if checkpoints(folder):
-        fail(f"{folder} already holds a run: use --init_from=resume or another --out_dir, or delete it")
-    if os.path.exists(os.path.join(folder, LOGS[0])):
-        fail(f"{folder} holds a run that ended before it saved anything: delete it, or use another --out_dir")
+    steps = sorted(int(name[16:-3]) for name in names if name[16:-3].isdecimal())
+    return [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
 
 
 def claim(folder):
     """Lock a run's folder until this process ends, however it ends. Returns the lock. One line and
-    exit when another process has it."""
+    exit when another process has it, or when it holds a run that would be overwritten."""
     if rank:
         return None
     os.makedirs(folder, exist_ok=True)
@@ -894,12 +887,14 @@ def claim(folder):
     try:
         import fcntl # Windows has none
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ModuleNotFoundError:
-        pass
     except BlockingIOError:
         fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
-    if init_from != 'resume':
-        refuse_to_overwrite(folder) # another process may have filled it a moment ago
+    except (ModuleNotFoundError, OSError): # some file systems have no locks
+        pass
+    if init_from != 'resume' and checkpoints(folder):
+        fail(f"{folder} already holds a run: use --init_from=resume or another --out_dir, or delete it")
+    if init_from != 'resume' and os.path.exists(os.path.join(folder, LOGS[0])):
+        fail(f"{folder} holds a run that ended before it saved anything: delete it, or use another --out_dir")
     for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # one was killed while it saved
         os.remove(path)
     return lock
@@ -911,13 +906,13 @@ def save_checkpoint(run, final=False):
     weights are gathered; rank 0 writes."""
     checkpoint = dict(format=FORMAT, task=task, step=run.step, tokenizer=run.tokenizer.state,
                       settings=run.settings | dict(device=device.partition(':')[0]),
-                      config=dataclasses.asdict(run.model.config), model=gathered(run.model.state_dict()))
+                      config=dataclasses.asdict(run.model.config), model=gathered(dict(run.model.named_parameters())))
     if not final:
         checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
             optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
-            scaler=run.scaler.state_dict(), reference=run.reference and run.reference.state_dict(),
-            base=None if run.base is run.reference else run.base.state_dict(),
-            stage1_values=run.stage1_values)
+            scaler=run.scaler.state_dict(), stage1_values=run.stage1_values,
+            reference=None if run.reference is None else run.reference.state_dict(),
+            base=None if run.base is run.reference else run.base.state_dict())
     if rank:
         return
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
@@ -929,18 +924,21 @@ def save_checkpoint(run, final=False):
         os.fsync(file.fileno())
     os.replace(path + '.tmp', path)
     saved = checkpoints(out_dir)
-    for old in [] if final else saved[:saved.index(path) + 1][:-keep_checkpoints]:
-        os.remove(old)
+    if keep_checkpoints and not final:
+        for old in saved[:saved.index(path) + 1][:-keep_checkpoints]:
+            os.remove(old)
 
 
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
     # What these settings decided lies behind the run.
-    settled = ['dtype', 'seed', 'num_train_samples', 'warmup_muon_learning_rate', *parameters(type(run.task))]
-    for name in settled if warm else [*settled, 'warmup_steps']:
-        if run.settings[name] != checkpoint['settings'][name]:
-            fail(f"--{name}={run.settings[name]} comes too late: this run has {name}={checkpoint['settings'][name]}")
+    settled = ['task', 'dtype', 'seed', 'num_train_samples', 'warmup_muon_learning_rate']
+    settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
+    for name in settled:
+        now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
+        if now != before:
+            fail(f"--{name}={now} comes too late: this run has {name}={before}")
     if warm and warmup_steps < checkpoint['step']:
         fail(f"--warmup_steps={warmup_steps} comes too late: this run has taken {checkpoint['step']} steps")
     for name in PLAIN:
@@ -952,15 +950,14 @@ def restore(run, checkpoint):
     if checkpoint['stage1_values'] is not None: # a copy, because the file is mapped and may have to go
         run.stage1_values = checkpoint['stage1_values'].to(device, copy=True)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
-        optimizer.load_state_dict(dict(optimizer.state_dict(), state=state))
-        for p, averages in optimizer.state.items():
-            for name, value in averages.items():
-                if torch.is_tensor(value):
-                    averages[name] = (shard(value, p) if value.shape == p.shape else value).clone()
+        params = [p for group in optimizer.param_groups for p in group['params']]
+        for i, entries in state.items(): # set one by one, so that no rank holds them whole
+            optimizer.state[params[i]] = {name: shard(value, params[i]) for name, value in entries.items()}
     run.scaler.load_state_dict(checkpoint['scaler'])
     for name, size in zip(LOGS, checkpoint['logged']):
         if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
-            os.truncate(os.path.join(out_dir, name), size) # what came later is logged again
+            log = os.path.join(out_dir, name)
+            os.truncate(log, min(size, os.path.getsize(log))) # what came later is logged again
     print0(f"resuming at step {run.step}")
 
 
@@ -976,8 +973,8 @@ def checkpoint_if_due(run):
 
 def catch_signals():
     """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run
-    and leave. A signal that is ignored, as under nohup, stays ignored; a second one ends the run at
-    once."""
+    and leave. A signal that is ignored, as under nohup, stays ignored; the same one a second time
+    ends the run at once."""
     global stop_signal
     stop_signal = 0
     def request_stop(number, frame):
