@@ -408,6 +408,34 @@ def test_countdown_demonstrations_write_only_what_is_true():
     assert solved > 100
 
 
+def test_the_working_of_other_demonstrations_is_true():
+    """Multiplication, units first: products of digits and running sums, up to the answer. Chain: sums, one by one."""
+    task, rng, kinds = Multiplication(), np.random.default_rng(0), set()
+    number = lambda text: int(text[::-1])
+    for problem in (task.problem(rng) for _ in range(300)):
+        thinking, _, answer = task.demonstration(problem, rng).partition(END_THINK)
+        total, terms = 0, []
+        for line in thinking.splitlines():
+            (expression, result), add = line.split('='), '+' in line
+            x, y = map(number, re.split('[*+]', expression))
+            assert number(result) == (x + y if add else x * y), line
+            assert not add or (x, y) == (total, terms[-1]), line
+            terms += [] if add else [number(result)]
+            total = number(result) if add or len(terms) == 1 else total
+        kinds.add(len(terms))
+        product = problem.a * problem.b
+        assert answer == f'{ANSWER}{product}{END_ANSWER}' and (not terms or total == product)
+    assert kinds == {0, 1, 2, 4}
+    task = TASKS['chain']()
+    for problem in (task.problem(rng) for _ in range(100)):
+        left = problem
+        for line in task.demonstration(problem, rng).partition(END_THINK)[0].splitlines():
+            sum_of_two, result = line.split('=')
+            assert left.startswith(sum_of_two) and task.solution(sum_of_two) == int(result)
+            left = result + left.removeprefix(sum_of_two)
+        assert left in (problem, str(task.solution(problem)))
+
+
 def test_unknown_text_is_named_and_numbers_never_merge():
     tokenizer = Tokenizer(Countdown().tokens)
     assert tokenizer.decode(tokenizer.encode('12 3')) == '12 3' != tokenizer.decode(tokenizer.encode('1 23'))
