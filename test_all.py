@@ -1262,7 +1262,8 @@ def test_a_signal_saves_what_is_finished_and_leaves_in_seconds(tmp_path, number,
 
 def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main, trained, tmp_path, monkeypatch):
     """In the evaluations in and after the warm-up, in stage 1, in a rollout, and at the end."""
-    watch, rollout, calls, tokens, streams, interrupted = train.watch_signals, train.rollout, itertools.count(), [], [], []
+    watch, rollout, calls = train.watch_signals, train.rollout, itertools.count()
+    tokens, streams, interrupted = [], [], []
     def counted(run, function, problems, stream, *rest, **options):
         tokens[:] = [stream, next(calls), 0]
         return rollout(run, function, problems, stream, *rest, **options)

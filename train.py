@@ -539,7 +539,7 @@ def gathered(state):
         return {name: gathered(value) for name, value in state.items()}
     if not torch.is_tensor(state): # an optimizer may keep numbers
         return state
-    whole = unshard(state)
+    whole = unshard(state.detach())
     return whole.cpu() if rank == 0 else None
 
 
