@@ -931,6 +931,9 @@ def test_stored_values_belong_to_their_prompts_and_epochs_are_whole(tmp_path):
         assert [run.stage1_values[prompts.index(p)] for p in problems] == values.tolist() or len(set(prompts)) < 32
         epochs += problems
     assert sorted(epochs[:32]) == sorted(epochs[32:]) == sorted(prompts) and epochs[:32] != epochs[32:]
+    run.step = 60
+    _, values = train.stage2_problems(run)
+    assert train.policy_step(run)['value'] == pytest.approx(values.mean().item()), "not the head's"
 
 
 def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path, monkeypatch):
@@ -1033,9 +1036,11 @@ def test_resume_equals_uninterrupted_to_the_bit(main, trained, tmp_path, step):
 @pytest.mark.parametrize('extra', [
     ['--algorithm=grpo', '--updates_per_batch=2'], ['--fresh_prompts=False', '--ref_update_interval=3'],
     pytest.param(['--dtype=float16'], marks=slow), pytest.param(['--dtype=bfloat16'], marks=slow)])
-def test_resume_is_exact_for_grpo_stored_values_and_low_precision(main, tmp_path, extra):
+def test_resume_is_exact_for_grpo_stored_values_and_low_precision(main, tmp_path, capsys, extra):
     arguments = [*TINY, '--checkpoint_interval=2', '--eval_interval=50', *extra]
     main(*arguments, '--max_steps=6', f'--out_dir={tmp_path}/whole')
+    estimated = 0 if '--algorithm=grpo' in extra else 2 if '--fresh_prompts=False' in extra else 1
+    assert capsys.readouterr().out.count('stage 1: mean reward') == estimated, "stored values are those of the reference"
     main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'whole', 64, tmp_path / 'part')}")
     assert_same(tmp_path / 'whole', tmp_path / 'part')
 

@@ -215,9 +215,9 @@ def warm_up_step(run):
     decay = 0.05 + 0.95 * (1 - run.step / warmup_steps) / 0.4
     set_learning_rates(run, min(1, (run.step + 1) / 20, decay), dict(
         policy=warmup_learning_rate, matrices=warmup_muon_learning_rate))
-    optimizer_step(run)
+    grad_norm = optimizer_step(run)
     run.step += 1
-    return dict(loss=all_reduce(total_loss).item(), tokens=int(total_tokens),
+    return dict(loss=all_reduce(total_loss).item(), grad_norm=grad_norm, tokens=int(total_tokens),
                 seconds_update=round(time.monotonic() - started, 3))
 
 
