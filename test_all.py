@@ -1235,9 +1235,10 @@ def test_two_processes_do_not_write_into_one_folder(main, trained, tmp_path):
     main('--init_from=resume', f'--out_dir={tmp_path}/run') # the lock ended with the process
 
 
-def hear_hang_ups():
-    """Undo, in a process to come, that this one ignores hang-ups, as under nohup."""
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+def hear_signals():
+    """Undo, in a process to come, that this one ignores signals, as under nohup or in the background of a script."""
+    for number in (signal.SIGHUP, signal.SIGINT):
+        signal.signal(number, signal.SIG_DFL)
 
 
 def wait_for(process, path):
@@ -1258,7 +1259,7 @@ def wait_for(process, path):
 def test_a_signal_saves_what_is_finished_and_leaves_in_seconds(tmp_path, number, arguments, file):
     process = subprocess.Popen([sys.executable, 'train.py', *TINY, *arguments, f'--out_dir={tmp_path}/run'], cwd=HERE,
                                env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               preexec_fn=hear_hang_ups)
+                               preexec_fn=hear_signals)
     wait_for(process, f'{tmp_path}/run/{file}')
     time.sleep(0.5)
     process.send_signal(number)
@@ -1312,7 +1313,7 @@ def test_a_second_ctrl_c_leaves_at_once(tmp_path):
     driver.write_text("import time, train\ntrain.warm_up_step = lambda run: (print('in a step', flush=True), "
                       "time.sleep(60))\ntrain.main()\n")
     process = subprocess.Popen([sys.executable, driver, *TINY, f'--out_dir={tmp_path}/run'], cwd=HERE, env=ENVIRONMENT,
-                               stdout=subprocess.PIPE, text=True)
+                               stdout=subprocess.PIPE, text=True, preexec_fn=hear_signals)
     while 'in a step' not in process.stdout.readline():
         assert process.poll() is None
     process.send_signal(signal.SIGINT)
@@ -1328,7 +1329,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path, number):
     launcher = subprocess.Popen(
         [*TORCHRUN, '--nproc_per_node=2', 'train.py', *TINY, '--warmup_steps=100000', f'--out_dir={tmp_path}/run'],
         cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-        preexec_fn=hear_hang_ups)
+        preexec_fn=hear_signals)
     wait_for(launcher, f'{tmp_path}/run/metrics.jsonl')
     time.sleep(1)
     launcher.send_signal(number)
