@@ -184,7 +184,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
-    add('--checkpoint', default='', help='a checkpoint, or the folder of a run (default: see above)')
+    add('--checkpoint', help='a checkpoint, or the folder of a run (default: see above)')
     add('--task', default='', help="the file of the model's task, where it is not one of tasks.py")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
@@ -249,6 +249,16 @@ def grade_held_out(models, options, path, count):
     print(f'wrote {target}')
 
 
+def read_log(path):
+    """Return the rows of a JSON lines file, without lines that are damaged: a crash may have cut one."""
+    rows = []
+    with open(path, errors='replace') as file:
+        for line in file:
+            with contextlib.suppress(ValueError):
+                rows.append(json.loads(line))
+    return rows
+
+
 def plot_runs(folders, path):
     """Draw held-out accuracy with the training reward, response length and KL of several runs over
     each other, and the accuracy by difficulty of the first one."""
@@ -257,8 +267,7 @@ def plot_runs(folders, path):
     accuracy, by_difficulty, length, kl = figure.subplots(2, 2).flat
     for i, folder in enumerate(folders):
         name, color = os.path.basename(os.path.normpath(folder)), COLORS[i % len(COLORS)]
-        with open(os.path.join(folder, 'metrics.jsonl')) as file: # a crash may have cut the last line
-            rows = [json.loads(line) for line in file if line.endswith('\n')]
+        rows = read_log(os.path.join(folder, 'metrics.jsonl'))
         steps = [row for row in rows if 'kl' in row]
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
         def curve(axis, rows, values, *style, **options):
@@ -297,13 +306,14 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
     task = make_task(task_name or stored, checkpoint['settings'])
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name)
     device = pick_device(device)
-    config = ModelConfig(**checkpoint['config'])
-    if not isinstance(tokenizer.state, dict): # of our own models the positions may grow
-        config.max_seq_len = max(config.max_seq_len, task.longest_prompt + (max_new_tokens or 0))
-    model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
-    model.allocate(device)
-    for name, p in model.named_parameters():
-        p.copy_(checkpoint['model'][name])
+    with one_line(name):
+        config = ModelConfig(**checkpoint['config'])
+        if isinstance(tokenizer, Tokenizer): # the positions of our own models may grow
+            config.max_seq_len = max(config.max_seq_len, task.longest_prompt + (max_new_tokens or 0))
+        model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
+        model.allocate(device)
+        for parameter, p in model.named_parameters():
+            p.copy_(checkpoint['model'][parameter])
     return model, task, tokenizer
 
 
@@ -335,12 +345,16 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
             raise ValueError(f"it does not say {FORMAT!r}")
+        if missing := {'task', 'step', 'settings', 'config', 'tokenizer', 'model'} - checkpoint.keys():
+            raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
 
 
 def find_checkpoint(path):
     """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest
     run's."""
+    if path == '':
+        fail("--checkpoint= names nothing")
     path = os.path.expanduser(path or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt')
     return newest_model(glob.escape(path)) or path
 
@@ -361,7 +375,7 @@ def pick_device(device, local_rank='0'):
     if device == 'cuda':
         device = f'cuda:{local_rank}'
     with one_line(f'--device={device}'):
-        torch.empty(1, device=device)
+        torch.zeros(1, device=device).item()
     return device
 
 
@@ -388,7 +402,8 @@ def one_line(name, *kinds):
 def run_script(main, lower):
     """Call a script's main. What the machine did to it ends in one line, on every rank that it met,
     and exit status 1; `lower` names the settings to lower where memory runs out."""
-    sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
+    if sys.stdout: # nohup and cron may have closed it
+        sys.stdout.reconfigure(errors='replace') # what a terminal cannot show
     try:
         main()
     except KeyboardInterrupt:
@@ -396,7 +411,7 @@ def run_script(main, lower):
     except BrokenPipeError: # whoever read this, like head, has read enough
         os._exit(0)
     except OSError as error: # a folder that cannot be written, a full disk
-        sys.exit(f'error: {error.filename or ""}: {error.strerror or error}')
+        sys.exit(f'error: {error.filename or "a file"}: {error.strerror or error}')
     except RuntimeError as error:
         message = ' '.join(str(error).split())[:120]
         if re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):
@@ -404,7 +419,8 @@ def run_script(main, lower):
         if 'inline_container' in str(error): # as torch.save says it
             sys.exit(f'error: a checkpoint could not be written, is the disk full? Earlier ones are whole ({message})')
         if re.search('closed by peer|reset by peer|Broken pipe|remote process exited|failed to recv', str(error)):
-            sys.exit(f'error: another rank died; continue with --init_from=resume ({message})')
+            sys.exit('error: another rank died; continue with --init_from=resume where a checkpoint was saved '
+                     f'({message})')
         raise
 
 

@@ -103,7 +103,7 @@ class PretrainedTokenizer:
                 ends.append(self.library.token_to_id(token['content'] if isinstance(token, dict) else token))
             listed = content.get('eos_token_id', [])
             ends += listed if isinstance(listed, list) else [listed]
-        ends = [end for end in dict.fromkeys(ends) if end is not None]
+        ends = [end for end in dict.fromkeys(ends) if isinstance(end, int)]
         if not ends:
             raise ValueError("no end-of-sequence in tokenizer_config.json, generation_config.json or config.json")
         return ends

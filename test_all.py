@@ -2,6 +2,7 @@
 The tests: `python -m pytest -q test_all.py`, under two minutes on two CPU cores. With SLOW=1 in front, as in .ci/run,
 those too that take longer: killed processes, four ranks, two nodes, transformers, the notebook, reasoning-gym.
 """
+import gc
 import glob
 import importlib
 import itertools
@@ -11,6 +12,7 @@ import os
 import random
 import re
 import runpy
+import shlex
 import shutil
 import signal
 import socket
@@ -1141,7 +1143,11 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--task=multiplication', '--max_numbers=3'], "--task=multiplication takes --max_factor)"),
     ([f'--task={HERE}/examples/grid.py', '--max_numbers=3'], "takes none of its own"),
     (['--seed=-1'], "at least 0"), (['--eval_temperature=nan'], "at least 0"),
-    (['--device=abacus'], "cannot use --device=abacus"), (['--batch_size=0.5'], "of type int"),
+    (['--device=abacus'], "cannot use --device=abacus"),
+    (['--device=meta'], "cannot use --device=meta"),
+    (['--batch_size=1000000000000'], "below 2^31"),
+    (['--init_from='], "must not be empty"),
+    (['--batch_size=0.5'], "of type int"),
     (['--batch_size=0'], "above 0"), (['--warmup_steps=-1'], "at least 0"),
     ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128"),
     ([f'--init_from={HERE}/assets/countdown_base.pt', '--task=multiplication'], "is not that of the task"),
@@ -1211,7 +1217,7 @@ def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, t
     with pytest.raises(SystemExit, match='already holds a run: use --init_from=resume'):
         main(*TINY, f'--out_dir={trained}')
     (tmp_path / 'metrics.jsonl').write_text('{}\n')
-    with pytest.raises(SystemExit, match='ended before it saved anything: delete it, or use another --out_dir'):
+    with pytest.raises(SystemExit, match='ended before it saved anything: use another --out_dir'):
         main(*TINY, f'--out_dir={tmp_path}')
     with pytest.raises(SystemExit, match='nothing to resume.*start without --init_from=resume, with another --out_dir'):
         main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
@@ -1406,6 +1412,7 @@ def test_what_the_machine_does_gets_one_line(error, words):
         sample.run_script(lambda: (_ for _ in ()).throw(RuntimeError('a bug')), '')
 
 
+@slow
 def test_compile_without_a_compiler_gets_one_line(tmp_path):
     process = script('train.py', *TINY, '--compile=True', f'--out_dir={tmp_path}/run',
                      env=ENVIRONMENT | dict(CXX='no-such-compiler', TORCHINDUCTOR_CACHE_DIR=str(tmp_path / 'cache')))
@@ -1464,6 +1471,56 @@ def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):
 def test_what_lies_behind_a_run_cannot_be_changed(main, trained, tmp_path, change, words):
     with pytest.raises(SystemExit, match=words):
         main('--init_from=resume', f"--out_dir={resumed_from(trained, 62, tmp_path / 'part')}", *change)
+
+
+def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, capsys):
+    """Lines that were lost or are garbage, a last line that was cut, and a picture that cannot be written."""
+    out = resumed_from(trained, 66, tmp_path / 'a$^$b') # matplotlib takes that for a formula
+    rows = (out / 'metrics.jsonl').read_text().splitlines(keepends=True)
+    (out / 'metrics.jsonl').write_text(''.join(rows[:5]) + 'garbage\n' + ''.join(rows[9:40]) + rows[40][:20])
+    os.makedirs(out / 'curves.png')
+    main('--init_from=resume', f'--out_dir={out}')
+    assert_same(trained, out)
+    assert 'no curves.png: ' in capsys.readouterr().out
+    kept = sample.read_log(out / 'metrics.jsonl')
+    assert [row['step'] for row in kept[36:]] == [66, 67, 67, 68, 68][-len(kept[36:]):] and len(kept) > 38
+    main('--init_from=resume', f'--out_dir={out}')
+    assert len(sample.read_log(out / 'metrics.jsonl')) == len(kept), "a finished run logs nothing twice"
+    gc.collect() # what the failed picture holds, the lock of the folder among it
+    with pytest.raises(SystemExit, match='--max_steps=3 comes too late: this run has taken 8 steps'):
+        main('--init_from=resume', f'--out_dir={out}', '--max_steps=3')
+
+
+def test_what_a_stopped_run_advises_works_as_it_stands(tmp_path):
+    """Quotes in a path, and a task from a file."""
+    out = tmp_path / "it's a run"
+    process = subprocess.Popen(
+        [sys.executable, 'train.py', f'--task={HERE}/examples/sorting.py', *TINY[2:], '--warmup_steps=100000',
+         f'--out_dir={out}'], cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    wait_for(process, out / 'metrics.jsonl')
+    process.send_signal(signal.SIGTERM)
+    advice = process.communicate(timeout=60)[1].partition('continue with ')[2].strip()
+    settings, _ = train.configure(shlex.split(advice))
+    assert settings['out_dir'] == str(out) and settings['task'] == f'{HERE}/examples/sorting.py'
+
+
+def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
+    """`python train.py | head -1`"""
+    command = ' '.join(shlex.quote(str(word)) for word in [
+        sys.executable, 'train.py', *TINY, '--warmup_steps=40', '--max_steps=0', f'--out_dir={tmp_path}/run'])
+    subprocess.run(f'{command} | head -1', shell=True, cwd=HERE, env=ENVIRONMENT, stdout=subprocess.DEVNULL)
+    assert os.path.exists(tmp_path / 'run' / 'tinyzero_astarpo_final.pt')
+
+
+@pytest.mark.parametrize('change, words', [
+    (dict(task=None), 'it lacks task'), (dict(config=dict(vocab_size=3)), 'cannot use it'),
+    (dict(model={}), 'cannot use it'), (dict(settings={}, tokenizer=['<eos>']), 'is not that of the task')])
+def test_checkpoints_made_by_hand_are_refused_in_one_line(trained, tmp_path, change, words):
+    content = weights(f'{trained}/tinyzero_astarpo_final.pt') | change
+    torch.save({name: value for name, value in content.items() if value is not None}, tmp_path / 'it.pt')
+    with pytest.raises(SystemExit, match=words) as error:
+        sample.load(sample.load_checkpoint(tmp_path / 'it.pt'), 'it', 'cpu')
+    assert '\n' not in error.value.code
 
 
 def test_metrics_also_go_to_a_tracker_and_a_resumed_run_keeps_its_id(main, tmp_path, monkeypatch):

@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -43,8 +44,8 @@ from model import (
     token_logprobs, trim)
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
-    make_task, make_tokenizer, newest_model, one_line, pick_device, pick_dtype, plot_runs, respond,
-    run_script, summarize)
+    make_task, make_tokenizer, newest_model, one_line, pick_device, pick_dtype, plot_runs, read_log,
+    respond, run_script, summarize)
 from tasks import TASKS, Tokenizer, find_task, tokenizer_files
 
 # ---- settings: what the default run uses, countdown on a CPU; a task's `defaults`, GPU and PRETRAINED change some ---
@@ -416,12 +417,13 @@ def log_evaluation(run, when, one_in=1):
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}, "
            f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
            f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
+    if run.evaluated != run.step or run.step == 0: # a finished run that is resumed has it in its logs
+        record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
+        for row in rows[:8]:
+            record(run, 'samples.jsonl', dict(step=run.step, **row))
     run.evaluated = run.step
-    record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
-    for row in rows[:8]:
-        record(run, 'samples.jsonl', dict(step=run.step, **row))
     if rank == 0:
-        with contextlib.suppress(ModuleNotFoundError): # finish says so
+        with contextlib.suppress(Exception): # a picture must not end a run; finish says what is wrong
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
     return result
 
@@ -438,7 +440,7 @@ def build(settings, checkpoint):
     if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
     tokenizer = make_tokenizer(state, puzzles, init_from)
-    with one_line('these settings', ValueError):
+    with one_line('these settings', ValueError, TypeError):
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
         if not pretrained: # the positions of our own models may grow
@@ -640,7 +642,7 @@ def optimizer_step(run):
     finite = math.isfinite(norm + head_norm)
     if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
-             f"--value_learning_rate; the checkpoints in {out_dir} are good")
+             f"--value_learning_rate (in the warm-up --warmup_learning_rate); what {out_dir} holds is good")
     for optimizer in run.optimizers if finite else ():
         run.scaler.step(optimizer)
     run.scaler.update()
@@ -688,6 +690,8 @@ def configure(argv):
     name = paths['task']
     if texts.keys() & {'help', 'h'}:
         print_help(name)
+    if '' in paths.values():
+        fail("--task, --out_dir and --init_from must not be empty")
     if 'out_dir' not in texts:
         paths['out_dir'] = f"out/{os.path.basename(name).removesuffix('.py')}"
     checkpoint = open_start(paths['init_from'], paths['out_dir'])
@@ -784,8 +788,8 @@ def check_settings(settings, checkpoint):
     for name, default in SETTINGS.items():
         least = LEAST.get(name, 0) # where it is not just above 0
         value = settings[name]
-        if type(default) in (int, float) and not (least <= value < 2 ** 63 and (value or name in LEAST)):
-            fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'}, not {settings[name]}")
+        if type(default) in (int, float) and not (least <= value < 2 ** 31 and (value or name in LEAST)):
+            fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'} and below 2^31, not {value}")
     for name in SIZES['50m'] if checkpoint else ():
         if settings[name] != checkpoint['config'][name]:
             fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
@@ -846,7 +850,9 @@ def open_start(start, folder):
     starts from; None from scratch. One line and exit when there is none."""
     if start == 'resume':
         if saved := checkpoints(folder):
-            return load_checkpoint(saved[-1])
+            checkpoint = load_checkpoint(saved[-1])
+            return checkpoint if 'optimizers' in checkpoint else fail(f"{saved[-1]} is a final model: it has no state "
+                                                                      "to resume, start from it by --init_from")
         fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
              "with another --out_dir if the folder is there")
     if start == 'scratch':
@@ -894,7 +900,7 @@ def claim(folder):
     if init_from != 'resume' and checkpoints(folder):
         fail(f"{folder} already holds a run: use --init_from=resume or another --out_dir, or delete it")
     if init_from != 'resume' and os.path.exists(os.path.join(folder, LOGS[0])):
-        fail(f"{folder} holds a run that ended before it saved anything: delete it, or use another --out_dir")
+        fail(f"{folder} holds a run that ended before it saved anything: use another --out_dir, or delete it")
     for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # one was killed while it saved
         os.remove(path)
     return lock
@@ -941,6 +947,8 @@ def restore(run, checkpoint):
             fail(f"--{name}={now} comes too late: this run has {name}={before}")
     if warm and warmup_steps < checkpoint['step']:
         fail(f"--warmup_steps={warmup_steps} comes too late: this run has taken {checkpoint['step']} steps")
+    if not warm and warmup_steps + max_steps < checkpoint['step']:
+        fail(f"--max_steps={max_steps} comes too late: this run has taken {checkpoint['step'] - warmup_steps} steps")
     for name in PLAIN:
         setattr(run, name, checkpoint[name])
     if not warm:
@@ -957,7 +965,11 @@ def restore(run, checkpoint):
     for name, size in zip(LOGS, checkpoint['logged']):
         if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
             log = os.path.join(out_dir, name)
-            os.truncate(log, min(size, os.path.getsize(log))) # what came later is logged again
+            held = os.path.getsize(log)
+            os.truncate(log, min(size, held)) # what came later is logged again
+            if held < size: # its end was lost: what is left of a line is no row
+                with open(log, 'a') as file:
+                    file.write('\n')
     print0(f"resuming at step {run.step}")
 
 
@@ -981,6 +993,8 @@ def catch_signals():
         global stop_signal
         stop_signal = number
         signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError): # print is not safe here
+            os.write(1, b'stopping after this step ...\n' if rank == 0 else b'')
     for name in ('SIGINT', 'SIGTERM', 'SIGHUP', 'SIGUSR1'):
         number = getattr(signal, name, None) # Windows has two of them
         if number and signal.getsignal(number) != signal.SIG_IGN:
@@ -999,7 +1013,13 @@ def leave_if_asked(run):
         return
     save_checkpoint(run)
     all_reduce(0).item() # rank 0 has written: torchrun may kill it when the others leave
-    fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume --out_dir={out_dir}")
+    fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume "
+         f"--out_dir={shlex.quote(out_dir)}{task_file()}")
+
+
+def task_file():
+    """Return what a command needs besides to find this run's task, where that is a file."""
+    return f' --task={shlex.quote(task)}' if task.endswith('.py') else ''
 
 
 def report(run, phase, metrics, every=1):
@@ -1085,8 +1105,7 @@ def finish(run):
     if rank:
         return
     result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
-    with open(os.path.join(out_dir, LOGS[0])) as file:
-        steps = [row for row in map(json.loads, file) if 'seconds_rollout' in row]
+    steps = [row for row in read_log(os.path.join(out_dir, LOGS[0])) if 'seconds_rollout' in row]
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=os.path.dirname(os.path.abspath(__file__)),
                          capture_output=True, text=True) # through the shell, because there may be no git
     summary = dict(
@@ -1097,15 +1116,23 @@ def finish(run):
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
-    if not os.path.exists(os.path.join(out_dir, 'curves.png')):
-        print0("no curves.png: drawing it needs matplotlib: pip install matplotlib")
+    try:
+        plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
+    except Exception as error:
+        message = ' '.join(str(error).split())[:120]
+        print0(f"no curves.png: {message} (where matplotlib is missing: pip install matplotlib)")
     print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
-           f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py")
+           f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py "
+           f"--checkpoint={shlex.quote(out_dir)}{task_file()}")
 
 
 def print0(*words, **options):
+    """Print by rank 0; when nobody reads any more, as behind `head`, the run continues in silence."""
     if rank == 0:
-        print(*words, flush=True, **options)
+        try:
+            print(*words, flush=True, **options)
+        except BrokenPipeError:
+            sys.stdout = open(os.devnull, 'w')
 
 
 if __name__ == '__main__':

@@ -20,7 +20,7 @@ from tasks import PretrainedTokenizer
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('folder', type=os.path.expanduser)
-    parser.add_argument('--checkpoint', default='')
+    parser.add_argument('--checkpoint')
     parser.add_argument('--task', default='', help="the file of the model's task, where it is not one of tasks.py")
     args = parser.parse_args()
     if os.path.exists(args.folder):
