@@ -381,8 +381,9 @@ def pieces_of(tokens, mask):
     """Cut a batch into micro-batches, (rows, tokens, mask) each. Every rank gets equally many, or
     FSDP would hang."""
     pieces = micro_batches(mask, micro_batch_tokens)
-    most = all_reduce(len(pieces), dist.ReduceOp.MAX)
-    pieces = micro_batches(mask, micro_batch_tokens, at_least=most)
+    most = int(all_reduce(len(pieces), dist.ReduceOp.MAX))
+    if len(pieces) < most:
+        pieces = micro_batches(mask, micro_batch_tokens, at_least=most)
     return [(rows, *trim(tokens[rows], mask[rows])) for rows in pieces]
 
 
