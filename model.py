@@ -398,7 +398,7 @@ def embed_numbers(model, numbers):
     model.embed.weight[ids] = 0.02 * waves @ directions + 0.25 * model.embed.weight[ids]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pretrained weights, in the layout of Hugging Face: config.json and one or several safetensors
 # files
 

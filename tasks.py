@@ -219,7 +219,7 @@ def typed(pattern, text, example):
     raise ValueError(f"{text.strip()[:80]!r} is no problem of this task; write it like {example!r}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Countdown
 
 class CountdownProblem(NamedTuple):
@@ -435,7 +435,7 @@ def apply(x, operator, y):
     return x + y if operator == '+' else x - y if operator == '-' else x * y if operator == '*' else x / y
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Multiplication
 
 class MultiplicationProblem(NamedTuple):
@@ -503,7 +503,7 @@ class Multiplication(Task):
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.solution(problem)}{END_ANSWER}'
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # A small one, to start your own from
 
 class Chain(Task):

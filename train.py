@@ -852,8 +852,9 @@ def open_start(start, folder):
     if start == 'resume':
         if saved := checkpoints(folder):
             checkpoint = load_checkpoint(saved[-1])
-            return checkpoint if 'optimizers' in checkpoint else fail(f"{saved[-1]} is a final model: it has no state "
-                                                                      "to resume, start from it by --init_from")
+            if 'optimizers' not in checkpoint:
+                fail(f"{saved[-1]} is a final model: it has no state to resume, start from it by --init_from")
+            return checkpoint
         fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
              "with another --out_dir if the folder is there")
     if start == 'scratch':
