@@ -14,12 +14,30 @@ A* = r - V* is the optimal advantage. One response per prompt is enough, because
 
 Left out on purpose: importance ratios and clipping (responses come from the current policy), normalised advantages
 (r - V* is the target itself, its scale means something), a KL penalty (it is inside the square), a critic at every
-token. Added: a value head that learns V* (formula 1 as a regression), so that prompts can be new at every step.
+token.
 
 Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They differ, so the loss does
 not go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that of
 REINFORCE on r - beta2 log(pi / pi_ref) with V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
+
+Where train.py differs from the paper (RESULTS.md has what each bought; `--centre=False --reuse_stage1=False
+--max_step_kl=0 --fresh_prompts=False` is the paper):
+  - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at every step.
+  - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to 0.2 above the mean
+    reward: without the shift the average response is pushed away, and AdamW turns that into steps. On samples of the
+    current policy the shift leaves the expected gradient, and so the optimum, where they are, but for a factor of
+    1 - 1/B, since a response's own reward is in the mean. It does change the closed form that a fit to fixed samples
+    would reach: pi_ref exp((r - V* - shift) / beta) does not sum to 1. There V* at the mean is the safe side; above it
+    the policy loses more than it learns (arXiv 2506.20520). A prompt that is never solved, V* = 0, has r - V* = 0 in
+    the paper and teaches nothing. Here its failures are pushed up a little, and so is all that is easy, V* = 1.
+  - The responses of stage 1 serve the first steps, each once, with V* from the other responses to the prompt: with
+    its own reward in V* a response would count for less than it should. They are a few steps old when they are used.
+  - A step is shortened where it moves the policy further than max_step_kl. beta2 pulls to the reference over many
+    steps, it does not bound one. A step of the same learning rate moves a base that is unsure of its sums ten to a
+    hundred times further than one that is sure.
 """
+from typing import Callable, NamedTuple
+
 import torch
 
 
@@ -72,22 +90,75 @@ def value_loss(values, rewards, beta1):
     return (error.exp() - error - 1).mean()
 
 
-def group_advantages(rewards):
-    """Standardise rewards within the group of responses to one prompt, which is GRPO's advantage.
+# --------------------------------------------------------------------------------------------------
+# The algorithms to compare with: an advantage, one number per response, and a loss. As long as a
+# batch serves one update, the policy is still the one that sampled, every ratio is 1, nothing is
+# clipped, and all these losses have the gradient of reinforce_loss but for how tokens are weighted.
+
+def batch_advantages(rewards):
+    """Take the batch's mean out of the rewards: REINFORCE with a baseline (Williams, 1992)."""
+    return rewards - rewards.mean()
+
+
+def leave_one_out_advantages(rewards):
+    """Take the mean of the prompt's other responses out of each reward: RLOO (arXiv 2402.14740).
     (prompts, N) -> (prompts, N)."""
+    N = rewards.size(1)
+    return (rewards - rewards.mean(1, keepdim=True)) * N / (N - 1)
+
+
+def group_advantages(rewards):
+    """Standardise rewards within the responses to one prompt: GRPO (arXiv 2402.03300). (prompts, N)
+    -> (prompts, N)."""
     return (rewards - rewards.mean(1, keepdim=True)) / (rewards.std(1, keepdim=True) + 1e-4)
 
 
-def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """
-    Compute the loss of GRPO, to compare with (DeepSeekMath, arXiv 2402.03300; no KL term and a mean
-    over all tokens, as in DAPO, arXiv 2503.14476).
+def positive_advantages(rewards):
+    """Take the rewards as they are, so that wrong responses count for nothing: rejection sampling,
+    or RAFT (arXiv 2304.06767)."""
+    return rewards
 
-    The ratio to the policy that sampled is clipped at every token. On the first update of a batch
-    the two are the same policy: the ratio is 1, the clip does nothing, and this is REINFORCE with
-    the group as the baseline. From the second one on (train.py's updates_per_batch) it acts.
-    logprobs with gradient, old_logprobs, mask (B, T), advantages (B,) -> scalar.
-    """
+
+def reinforce_loss(logprobs, old_logprobs, advantages, mask):
+    """Compute the policy gradient's loss, a mean over responses. logprobs with gradient,
+    old_logprobs, those of the policy that sampled, and mask (B, T), advantages (B,) -> scalar."""
+    return -(advantages * sequence_logprobs(logprobs, mask)).mean()
+
+
+def grpo_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """Clip the ratio to the policy that sampled at every token, as in PPO; a mean over all tokens
+    and no KL term, as in DAPO (arXiv 2503.14476). Arguments as in reinforce_loss."""
     ratio, advantages = (logprobs - old_logprobs).exp(), advantages[:, None] # (B, T), (B, 1)
     objective = torch.min(ratio * advantages, ratio.clamp(1 - clip, 1 + clip) * advantages)
     return -(objective * mask).sum() / mask.sum()
+
+
+def cispo_loss(logprobs, old_logprobs, advantages, mask, clip=0.28):
+    """Weight every token by its ratio, truncated from above and without gradient, so that no token
+    is left out: CISPO (arXiv 2506.13585). Arguments as in reinforce_loss."""
+    weight = (logprobs - old_logprobs).exp().clamp(max=1 + clip).detach() # (B, T)
+    return -(weight * advantages[:, None] * logprobs * mask).sum() / mask.sum()
+
+
+def gspo_loss(logprobs, old_logprobs, advantages, mask, low=3e-4, high=4e-4):
+    """Clip one ratio per response, the geometric mean of its tokens': GSPO (arXiv 2507.18071).
+    Arguments as in reinforce_loss."""
+    ratio = (((logprobs - old_logprobs) * mask).sum(1) / mask.sum(1)).exp() # (B,)
+    return -torch.min(ratio * advantages, ratio.clamp(1 - low, 1 + high) * advantages).mean()
+
+
+class Algorithm(NamedTuple):
+    """What one algorithm puts into the place of A*PO."""
+    advantages: Callable # rewards (prompts, N) -> (prompts, N)
+    loss: Callable # as reinforce_loss
+    grouped: bool # N responses to every prompt; else one
+    per_token: bool # its loss is a mean over tokens; else over responses
+
+
+ALGORITHMS = dict(
+    reinforce=Algorithm(batch_advantages, reinforce_loss, grouped=False, per_token=False),
+    rejection=Algorithm(positive_advantages, reinforce_loss, grouped=False, per_token=False),
+    rloo=Algorithm(leave_one_out_advantages, reinforce_loss, grouped=True, per_token=False),
+    grpo=Algorithm(group_advantages, grpo_loss, grouped=True, per_token=True),
+    cispo=Algorithm(group_advantages, cispo_loss, grouped=True, per_token=True),
+    gspo=Algorithm(group_advantages, gspo_loss, grouped=True, per_token=False))

@@ -268,7 +268,7 @@ def plot_runs(folders, path):
     for i, folder in enumerate(folders):
         name, color = os.path.basename(os.path.normpath(folder)), COLORS[i % len(COLORS)]
         rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-        steps = [row for row in rows if 'kl' in row]
+        steps = [row for row in rows if 'kl' in row and row['phase'] != 'stage 1'] # whose responses are the reference's
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
         def curve(axis, rows, values, *style, **options):
             axis.plot([row['seconds'] / 60 for row in rows], values, *style, **options)
@@ -321,7 +321,9 @@ def make_task(name, settings):
     """Return the task of that name, or of that file, with its parameters among the settings."""
     with one_line(f'--task={name}', ValueError, OSError):
         kind = find_task(name)
-        return kind(**{k: settings[k] for k in inspect.signature(kind).parameters if k in settings})
+        made = kind(**{k: settings[k] for k in inspect.signature(kind).parameters if k in settings})
+        made.fold = settings.get('fold', 0) # of a checkpoint that was made by hand
+        return made
 
 
 def make_tokenizer(state, task, name):

@@ -165,6 +165,7 @@ class Task:
     defaults = {} # the settings of train.py that suit this task
     tokens = None # the vocabulary of a model from random weights; a task without one needs pretrained weights
     longest_prompt = 256 # tokens
+    fold = 0 # which tenth of the problems is held out, 0 to 9
 
     def canonical(self, problem):
         """Return a text that is equal for the same puzzle written differently; a problem that is a
@@ -178,7 +179,7 @@ class Task:
     def is_test(self, problem):
         """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never
         trained on."""
-        return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == 0
+        return hashlib.blake2b(self.canonical(problem).encode(), digest_size=8).digest()[0] % 10 == self.fold
 
     def draw(self, rng, test=False):
         """Draw a problem from the training split, or from the test split. Raises ValueError when

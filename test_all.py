@@ -29,7 +29,9 @@ import torch.nn.functional as F
 
 import sample
 import train
-from apo import apo_loss, group_advantages, grpo_loss, optimal_value, sequence_logprobs, value_loss
+from apo import (
+    ALGORITHMS, apo_loss, cispo_loss, grpo_loss, group_advantages, gspo_loss, optimal_value, reinforce_loss,
+    sequence_logprobs, value_loss)
 from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, micro_batches, read_config,
                    sample_token, token_logprobs, trim)
 from sample import EVAL, TRAIN, held_out_problems, respond
@@ -192,15 +194,67 @@ def test_sequence_logprobs_sum_in_float32_and_include_the_end():
     assert torch.allclose(result, torch.tensor([3, 600]) * logprobs[0, 0].float())
 
 
-def test_grpo_advantages_and_clip():
-    advantages = group_advantages(torch.tensor([[1., 0, 0, 1], [1, 1, 1, 1]]))
-    assert torch.allclose(advantages[0], torch.tensor([1., -1, -1, 1]) * math.sqrt(3) / 2, atol=1e-3) \
-        and (advantages[1] == 0).all()
-    old, mask = torch.full((2, 3), -1.0), torch.ones(2, 3, dtype=torch.bool)
-    for shift, gradient in ((0.0, True), (0.5, False)): # a good response that has become much more likely is left alone
-        logprobs = (old + shift).requires_grad_()
-        grpo_loss(logprobs, old, torch.tensor([1., 1.]), mask).backward()
-        assert (logprobs.grad != 0).all() == gradient
+def test_centring_takes_no_gradient_from_the_policy_it_samples():
+    """On-policy any shift of V* has the expected gradient of none: the batch's mean of r - V* may be taken out."""
+    ref, rewards, value, _ = tabular()
+    logits = torch.randn(len(ref), generator=torch.Generator().manual_seed(2), dtype=torch.float64).requires_grad_()
+    logprobs = logits.log_softmax(0)
+    expected = []
+    for shift in (0, (logprobs.exp() @ rewards - value).item()):
+        error = 0.05 * (logprobs - ref.log()) - (rewards - value - shift)
+        expected.append(torch.autograd.grad(logprobs.exp().detach() @ error.square(), logits, retain_graph=True)[0])
+    assert torch.allclose(*expected, atol=1e-12) and expected[0].norm() > 1e-3
+
+
+def test_advantages_of_the_algorithms_to_compare_with():
+    rewards = torch.tensor([[1., 0, 0, 1], [1, 1, 1, 1]])
+    found = {name: other.advantages(rewards) for name, other in ALGORITHMS.items()}
+    assert torch.equal(found['reinforce'], rewards - 0.75) and torch.equal(found['rejection'], rewards)
+    for name in ('grpo', 'cispo', 'gspo'):
+        assert torch.allclose(found[name][0], torch.tensor([1., -1, -1, 1]) * math.sqrt(3) / 2, atol=1e-3)
+        assert (found[name][1] == 0).all()
+    assert torch.allclose(found['rloo'][0], torch.tensor([2 / 3, -2 / 3, -2 / 3, 2 / 3])) # 1 - 1/3, 0 - 2/3
+    assert (found['rloo'][1] == 0).all()
+
+
+def gradient(loss, logprobs, *rest):
+    logprobs = logprobs.detach().clone().requires_grad_()
+    return torch.autograd.grad(loss(logprobs, *rest), logprobs)[0]
+
+
+def test_at_one_update_per_batch_the_algorithms_are_one_gradient():
+    """Every ratio is 1: what is left of GRPO, CISPO and GSPO is REINFORCE, but for the weight of a token. And A*PO is
+    REINFORCE on r - V* - beta2 log(pi / pi_ref), on any samples."""
+    generator = torch.Generator().manual_seed(3)
+    old, advantages = -torch.rand(4, 6, generator=generator), torch.randn(4, generator=generator)
+    mask = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
+    plain = gradient(reinforce_loss, old, old, advantages, mask)
+    assert (plain[mask] != 0).all() and (plain[~mask] == 0).all()
+    per_token = plain * len(old) / mask.sum() # a mean over all tokens
+    assert torch.allclose(gradient(grpo_loss, old, old, advantages, mask), per_token)
+    assert torch.allclose(gradient(cispo_loss, old, old, advantages, mask), per_token)
+    assert torch.allclose(gradient(gspo_loss, old, old, advantages, mask), plain / mask.sum(1, keepdim=True))
+    ref, rewards, values, beta2 = old.sum(1) - 0.3, torch.rand(4, generator=generator), torch.rand(4), 0.05
+    now = old + 0.1 * torch.randn(4, 6, generator=generator)
+    ours = gradient(lambda x: apo_loss(sequence_logprobs(x, mask), ref, rewards, values, beta2), now)
+    pull = beta2 * (sequence_logprobs(now, mask) - ref)
+    assert torch.allclose(ours, gradient(reinforce_loss, now, old, rewards - values - pull, mask), atol=1e-6)
+
+
+@pytest.mark.parametrize('loss, far', [(grpo_loss, 0.5), (gspo_loss, 0.01)])
+def test_clips_leave_alone_what_has_moved_far_enough(loss, far):
+    """A right response that has become more likely, a wrong one that has become less; the opposite still counts."""
+    old, mask = torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool)
+    for advantage in (1.0, -1.0):
+        for direction in (1.0, -1.0):
+            moved = gradient(loss, old + direction * far, old, torch.tensor([advantage]), mask)
+            assert (moved == 0).all() == (direction == advantage)
+
+
+def test_cispo_truncates_the_weight_of_a_token_and_leaves_none_out():
+    old, mask = torch.full((1, 3), -1.0), torch.ones(1, 3, dtype=torch.bool)
+    for shift, weight in ((-0.5, math.exp(-0.5)), (0.1, math.exp(0.1)), (0.5, 1.28)):
+        assert torch.allclose(gradient(cispo_loss, old + shift, old, torch.ones(1), mask), torch.tensor(-weight / 3))
 
 
 # ---- model.py --------------------------------------------------------------------------------------------------------
@@ -437,6 +491,15 @@ def test_the_working_of_other_demonstrations_is_true():
             assert left.startswith(sum_of_two) and task.solution(sum_of_two) == int(result)
             left = result + left.removeprefix(sum_of_two)
         assert left in (problem, str(task.solution(problem)))
+
+
+def test_each_fold_holds_out_another_tenth():
+    rng, task, held = np.random.default_rng(0), Countdown(), {}
+    problems = [task.problem(rng) for _ in range(1000)]
+    for task.fold in range(10):
+        held[task.fold] = {task.canonical(problem) for problem in problems if task.is_test(problem)}
+    assert all(0.05 < len(part) / 1000 < 0.15 for part in held.values())
+    assert sum(map(len, held.values())) == len(set.union(*held.values())) == len({*map(task.canonical, problems)})
 
 
 def test_unknown_text_is_named_and_numbers_never_merge():
@@ -762,7 +825,8 @@ def test_muon_steps_by_an_orthogonal_matrix(shape):
 
 def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     """Up over 20 steps and down over the last two fifths in the warm-up; linearly to 0 in A*PO; each part its own."""
-    run, seen = started(*TINY, '--warmup_steps=100', '--max_steps=4', f'--out_dir={tmp_path}'), []
+    run, seen = started(
+        *TINY, '--warmup_steps=100', '--max_steps=4', '--reuse_stage1=False', f'--out_dir={tmp_path}'), []
     monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(
         {group['name']: group['lr'] for optimizer in run.optimizers for group in optimizer.param_groups}) or 1.0)
     for run.step in (0, 9, 50, 80, 99):
@@ -774,7 +838,7 @@ def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     run.optimizers, seen[:] = train.make_optimizers(run.model), []
     for run.step in (100, 103):
         train.policy_step(run)
-    assert seen == [pytest.approx(dict(policy=1e-3 * f, value_head=1e-2 * f)) for f in (1, 0.25)]
+    assert seen == [pytest.approx(dict(policy=1e-3 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
 
 
 def test_the_head_does_not_shrink_the_policys_step_and_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
@@ -820,7 +884,7 @@ def test_float16_scales_the_loss_by_less_until_its_gradient_is_finite(tmp_path):
 
 def ready(tmp_path, *arguments):
     """Return a Run at the beginning of stage 2, from random weights."""
-    run = started(*TINY, f'--out_dir={tmp_path}', *arguments)
+    run = started(*TINY, '--reuse_stage1=False', f'--out_dir={tmp_path}', *arguments)
     run.base = run.reference = train.frozen_copy(run.model)
     run.optimizers = train.make_optimizers(run.model)
     run.step = train.warmup_steps
@@ -847,10 +911,10 @@ def rewarded(batch):
     return batch._replace(reward=(torch.arange(len(batch.reward)) % 3 == 0).float())
 
 
-@pytest.mark.parametrize('algorithm', ['apo', 'grpo'])
-def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monkeypatch, algorithm):
+@pytest.mark.parametrize('algorithm, centre', [('apo', True), ('apo', False), ('grpo', True)])
+def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monkeypatch, algorithm, centre):
     """However it is cut into micro-batches: computed once more, in one piece and from the formulas."""
-    run = ready(tmp_path, f'--algorithm={algorithm}', '--micro_batch_tokens=200')
+    run = ready(tmp_path, f'--algorithm={algorithm}', f'--centre={centre}', '--micro_batch_tokens=200')
     with torch.no_grad():
         for p in run.model.parameters(): # away from the reference, so that the pull to it is not 0
             p.add_(torch.randn_like(p), alpha=0.02)
@@ -866,9 +930,11 @@ def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monk
         ref_by_token, _ = token_logprobs(run.reference, batch.tokens, batch.mask)
     log_ratio = (by_token - ref_by_token).sum(1)
     if algorithm == 'apo':
-        error = train.beta2 * log_ratio - (batch.reward - heads.detach())
+        values = heads.detach().clamp(0, 1)
+        error = train.beta2 * log_ratio - (batch.reward - values)
+        shift = (batch.reward - values).mean() if centre else 0
         exponent = (batch.reward - heads) / train.beta1
-        loss = error.square().mean() / (2 * train.beta2) + (exponent.exp() - exponent - 1).mean()
+        loss = (error + shift).square().mean() / (2 * train.beta2) + (exponent.exp() - exponent - 1).mean()
     else:
         groups = batch.reward.view(-1, 4)
         advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
@@ -880,15 +946,15 @@ def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monk
     assert metrics['reward'] == pytest.approx(batch.reward.mean().item())
     if algorithm == 'apo':
         assert metrics['residual'] == pytest.approx(error.mean().item(), abs=1e-4)
-        assert metrics['value'] == pytest.approx(heads.mean().item(), abs=1e-4)
+        assert metrics['value'] == pytest.approx(values.mean().item(), abs=1e-4)
 
 
 def test_grpos_clip_acts_from_the_second_update_on(tmp_path, monkeypatch):
     """With one update per batch the ratio is 1; later ones leave alone what has moved far enough."""
     run = ready(tmp_path, '--algorithm=grpo', '--updates_per_batch=3', '--learning_rate=0.05')
-    seen, loss = [], train.grpo_loss
-    monkeypatch.setattr(train, 'grpo_loss', lambda logprobs, old, *rest: seen.append(
-        (logprobs - old).detach().exp()) or loss(logprobs, old, *rest))
+    seen = []
+    run.other = run.other._replace(loss=lambda logprobs, old, *rest: seen.append(
+        (logprobs - old).detach().exp()) or grpo_loss(logprobs, old, *rest))
     rollout = train.rollout
     monkeypatch.setattr(train, 'rollout', lambda *args, **options: rewarded(rollout(*args, **options)))
     train.policy_step(run)
@@ -915,6 +981,45 @@ def test_half_precision_has_the_gradient_of_float32_and_its_sampler_the_policys_
         assert abs((sampler_logprobs - logprobs).mean()) < 0.01, "KL at step 0"
         off = gradients[dtype] - gradients['float32']
         assert off.norm() < 0.05 * gradients['float32'].norm(), dtype
+
+
+def test_a_step_that_goes_too_far_is_shortened(tmp_path, monkeypatch):
+    """KL grows with the square of the step: an estimate of it from the tokens holds the bound within a third."""
+    far, rollout, sampled = {}, train.rollout, []
+    monkeypatch.setattr(train, 'rollout', lambda *a, **o: sampled.append(rewarded(rollout(*a, **o))) or sampled[-1])
+    for bound in (0, 1e-3):
+        run = ready(tmp_path / str(bound), f'--max_step_kl={bound}', '--learning_rate=1e-3', '--batch_size=64')
+        old = train.frozen_copy(run.model)
+        measured = train.policy_step(run)['step_kl']
+        tokens, mask = sampled[-1].tokens, sampled[-1].mask
+        now, before = (token_logprobs(model, tokens, mask)[0].detach() for model in (run.model, old))
+        ratio = now - before
+        far[bound] = (ratio.exp() - 1 - ratio).sum().item() / 64 # exact in the mean over responses
+        assert measured == pytest.approx(far[0], rel=0.35)
+    assert far[0] > 3e-3 and far[1e-3] == pytest.approx(1e-3, rel=0.35)
+
+
+def test_stage_1_serves_the_first_steps_once_and_with_v_of_the_other_responses(tmp_path, monkeypatch):
+    run = started(*TINY, '--num_train_samples=16', '--max_steps=9', f'--out_dir={tmp_path}')
+    run.base = run.reference = train.frozen_copy(run.model)
+    run.optimizers = train.make_optimizers(run.model)
+    run.step = train.warmup_steps
+    assert train.reused_steps() == 2 # 16 prompts x 4 responses / 32
+    rollout = train.rollout
+    monkeypatch.setattr(train, 'rollout', lambda *a, **o: rewarded(rollout(*a, **o)))
+    train.estimate_values(run)
+    run.stage1 = run.stage1._replace(reward=torch.rand(64))
+    seen = []
+    for run.step in (60, 61):
+        batch, values = train.stage1_batch(run)
+        for tokens, reward, value in zip(batch.tokens, batch.reward, values):
+            i = run.stage1.reward.tolist().index(reward)
+            seen.append(i)
+            rest = [run.stage1.reward[j] for j in range(i // 4 * 4, i // 4 * 4 + 4) if j != i]
+            assert value == pytest.approx(optimal_value(torch.stack(rest)[None], 0.5).item())
+            assert torch.equal(tokens, run.stage1.tokens[i])
+        assert len({i // 4 for i in seen[-32:]}) == 16, "of as many prompts as there are"
+    assert sorted(seen) == list(range(64))
 
 
 @pytest.mark.parametrize('bias, value', [(5.0, 1), (-5.0, 0)])
@@ -953,6 +1058,7 @@ def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path,
     _, predicted = token_logprobs(run.model, batch.tokens, batch.mask)
     truth = torch.tensor([float(problem.a < 10) for problem in batch.problems])
     assert torch.corrcoef(torch.stack((predicted.detach(), truth)))[0, 1] > 0.5
+    run.stage1_values = None
     monkeypatch.setattr(train, 'rollout', lambda *a, **o: rollout(*a, **o)._replace(reward=torch.zeros(256)))
     with pytest.raises(SystemExit, match='every reward of stage 1 is zero.*--warmup_steps.*--max_factor=30'):
         train.estimate_values(run)
@@ -961,17 +1067,26 @@ def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path,
 def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
     healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
     for sign, advice in [(None, ''), (dict(truncated=0.9), '--max_new_tokens'), (dict(), 'the reward is flat'),
-                         (dict(reward=0.1, base_kl=50.0), 'KL is large'), (dict(reward=0.0), 'is zero.*--max_factor=5'),
-                         (dict(reward=0.1, formatted=0.2), 'keep the format')]:
+                         (dict(reward=0.44), 'left its bounds.*--max_step_kl'), (dict(base_kl=5.1), 'left its bounds'),
+                         (dict(reward=0.0), 'is zero.*--max_factor=5')]:
         run = started(*TINY, f'--out_dir={tmp_path}')
         capsys.readouterr()
         for step in range(60):
             if sign is None:
                 train.hint(run, healthy | dict(reward=0.3 + step / 100))
             else:
-                train.hint(run, healthy | (sign if step > 5 or sign.get('reward') == 0 else {}))
+                train.hint(run, healthy | (sign if step > 15 or sign.get('reward') == 0 else {}))
         said = capsys.readouterr().out
         assert (len(re.findall(advice, said)) == 1) if advice else said == '', "a run that learns gets no advice"
+
+
+def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path):
+    run = ready(tmp_path, '--keep_checkpoints=1')
+    run.best = (0.9, 61)
+    for run.step in (60, 61, 62, 161, 63):
+        train.save_checkpoint(run)
+    assert [os.path.basename(path) for path in train.checkpoints(tmp_path)] == [
+        'checkpoint_step_61.pt', 'checkpoint_step_63.pt', 'checkpoint_step_161.pt']
 
 
 # ---- runs ------------------------------------------------------------------------------------------------------------
@@ -997,8 +1112,9 @@ def test_a_run_leaves_what_it_promises(trained):
     assert os.path.getsize(f'{trained}/curves.png') > 10_000
     rows = metrics(trained)
     assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 61))
-    steps = [r for r in rows if r['phase'] == 'apo']
-    assert [r['step'] for r in steps] == list(range(61, 69))
+    steps = [r for r in rows if 'kl' in r]
+    assert [(r['step'], r['phase']) for r in steps] == [
+        (step, 'stage 1' if step < 65 else 'apo') for step in range(61, 69)]
     assert [r['step'] for r in rows if r['phase'] == 'evaluation'] == [50, *range(60, 69)]
     for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
                  'grad_norm', 'seconds_rollout', 'seconds_update'):
@@ -1136,7 +1252,8 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--init_from=resume'], "nothing to resume"),
     (['--init_from=nowhere.pt'], "No such file or directory: 'nowhere.pt'"),
     (['--beta1=0'], "--beta1 must be at least 0.03"), (['--temperature=0'], "above 0"),
-    (['--algorithm=ppo'], "must be apo or grpo"), (['--dtype=int8'], "must be float32 or"),
+    (['--algorithm=ppo'], "must be apo, "), (['--fold=10'], "must be 0 or 1 or 2"),
+    (['--dtype=int8'], "must be float32 or"),
     (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
     (['--algorithm=grpo', '--num_responses_per_prompt=1'], "at least 2"),
     (['--partial_credit=1'], "partial_credit=1.0 below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
@@ -1288,7 +1405,7 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
         return rollout(run, function, problems, stream, *rest, **options)
     def watch_and_interrupt(sampled):
         tokens[2] += 1
-        if tokens[1] in (0, 2, 4, 6, 22) and tokens[2] == 3: # each is repeated before the next one
+        if tokens[1] in (0, 2, 4, 10, 18) and tokens[2] == 3: # each is repeated before the next one
             streams.append(tokens[0])
             os.kill(os.getpid(), signal.SIGUSR1)
         watch(sampled)
@@ -1300,7 +1417,7 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
             main(*(['--init_from=resume'] if interrupted else arguments), f'--out_dir={tmp_path}/run')
         except SystemExit as error:
             interrupted.append(int(re.search(r'stopped by a signal at step (\d+)', error.code)[1]))
-    assert interrupted == [50, 60, 60, 60, 68] and streams == [EVAL, EVAL, sample.STAGE1, TRAIN, EVAL]
+    assert interrupted == [50, 60, 60, 64, 68] and streams == [EVAL, EVAL, sample.STAGE1, TRAIN, EVAL]
     assert_same(trained, tmp_path / 'run')
     assert logged(trained) == logged(tmp_path / 'run')
 
@@ -1448,6 +1565,42 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     with pytest.raises(SystemExit, match='Weights only load failed'):
         sample.load_checkpoint(str(tmp_path / 'evil.pt'))
     assert not os.path.exists(tmp_path / 'owned')
+
+
+def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_path):
+    copy = tmp_path / 'mine.py'
+    copy.write_text(open(f'{HERE}/benchmarks/my_loss.py').read())
+    main(*TINY, '--warmup_steps=3', '--max_steps=2', f'--algorithm={copy}', f'--out_dir={tmp_path}/run')
+    assert [row['phase'] for row in metrics(tmp_path / 'run') if 'kl' in row] == [str(copy)] * 2
+    resumed = resumed_from(tmp_path / 'run', 5, tmp_path / 'part')
+    with pytest.raises(SystemExit, match=f'its algorithm is a file, add --algorithm={copy}'):
+        main('--init_from=resume', f'--out_dir={resumed}')
+    main('--init_from=resume', f'--out_dir={resumed}', f'--algorithm={copy}')
+    copy.write_text('def advantages(rewards): return rewards')
+    with pytest.raises(SystemExit, match="cannot use --algorithm=.*'loss'"):
+        main(f'--algorithm={copy}', f'--out_dir={tmp_path}/new')
+
+
+def test_the_benchmark_counts_responses_and_reads_its_records():
+    it = runpy.run_path(f'{HERE}/benchmarks/algorithms.py', run_name='it')
+    assert it['interquartile_mean']([0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 9.0]) == pytest.approx(0.75)
+    low, high = it['bootstrap'](np.array([0.9, 0.9, 0.92, 0.94, 0.9, 0.91]))
+    assert 0.9 <= low < 0.91 < high <= 0.94
+    rows = [dict(step=1, phase='stage 1')] + [
+        dict(step=step, phase='evaluation', accuracy=0.6 + step / 100, seconds=60 * step) for step in (0, 16, 24, 32)]
+    steps = [dict(step=step, base_kl=step / 10) for step in range(17, 33)]
+    found = it['evaluations_of'](rows, steps, 32 * 128)
+    assert [point[0] for point in found] == [0, 2048, 3072, 4096], "stage 1 is sampled before the first step"
+    assert [point[3] for point in found] == pytest.approx([0, 1.75, 2.45, 3.15], abs=0.06)
+    record = dict(evaluations=found)
+    assert it['reached'](record, 0.8, 0) == 3072 and it['reached'](record, 0.99, 1) is None
+    assert it['accuracy_at_kl'](record, 2.0) == pytest.approx(0.76 + 0.08 * 0.25 / 0.7, abs=0.01)
+    assert it['accuracy_at_kl'](record, 4.0) is None
+    for seed, name, settings, budget in ((1, 'A*PO', [], 7168), (1, 'GRPO', it['ALGORITHMS']['GRPO'], 7168)):
+        command = it['plan'](name, settings, seed, budget, '4e-4')[2]
+        assert '--max_steps=56' in command and '--learning_rate=4e-4' in command and '--fold=0' in command
+    published = it['plan']('p', it['ALGORITHMS']['A*PO as published'], 1, 7168, '2e-4', fold=1)[2]
+    assert '--max_steps=40' in published and '--fold=1' in published, "stage 1 serves no step"
 
 
 def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):

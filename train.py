@@ -22,6 +22,7 @@ import math
 import os
 import platform
 import re
+import runpy
 import shlex
 import signal
 import subprocess
@@ -38,7 +39,7 @@ from torch.distributed.tensor import distribute_tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from apo import (
-    apo_loss, group_advantages, grpo_loss, optimal_value, residual, sequence_logprobs, value_loss)
+    ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
 from model import (
     SIZES, ModelConfig, Transformer, embed_numbers, load_pretrained, micro_batches, read_config,
     token_logprobs, trim)
@@ -68,23 +69,27 @@ warmup_batch_size = 16 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
 warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
-algorithm = 'apo' # apo | grpo
+algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
 max_steps = 80 # steps after the warm-up, each on a batch of fresh responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
-learning_rate = 2e-4 # AdamW; decays linearly to 0 over max_steps
+learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
+centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
+reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
+max_step_kl = 0.02 # shorten an optimizer step that moves the policy further, in nats a response; 0: no bound
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
 fresh_prompts = True # new prompts at every step with V* from the value head; False: those of stage 1 with their own V*
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
-value_learning_rate = 1e-2 # AdamW, for the value head
+value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
+fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
 num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
 eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
@@ -98,12 +103,11 @@ cpu_offload = False # keep master weights, optimizer state and, between uses, th
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
-CHOICES = dict(algorithm=('apo', 'grpo'), dtype=('float32', 'bfloat16', 'float16'),
-               tracker=('none', 'wandb', 'tensorboard'))
+CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb', 'tensorboard'))
 # The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
 # overflows.
-LEAST = dict(seed=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, ref_update_interval=0,
-             eval_temperature=0, keep_checkpoints=0, beta1=0.03)
+LEAST = dict(seed=0, fold=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
+             ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03)
 # What fits a GPU; and what fits pretrained weights: small steps, and pieces that leave room for the
 # 150,000 logits of a token.
 GPU = dict(
@@ -114,7 +118,7 @@ PRETRAINED = dict(
     num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('seconds', 'evaluated', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
+PLAIN = ('seconds', 'evaluated', 'best', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
 LOCAL_RANKS = int(os.environ.get('LOCAL_WORLD_SIZE') or 1) # processes of this run on this machine
@@ -137,10 +141,13 @@ class Run:
     optimizers: list # AdamW, and in the warm-up Muon
     reference: Transformer = None # pi_ref, whole and frozen
     base: Transformer = None # the warmed-up model, for the KL that a refreshed reference would hide
+    other: Algorithm = None # what takes the place of A*PO
+    stage1: object = None # this rank's responses of stage 1, for the first steps of stage 2
     stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
     evaluated: int = 0 # the step of the last evaluation
     warmup_accuracy: float = None
+    best: tuple = (0.0, 0) # accuracy and step of the best evaluation, whose checkpoint is kept
     tracker_id: str = None # of the run at wandb
     track: object = None # a function that sends numbers to wandb or TensorBoard
     started: float = dataclasses.field(default_factory=time.monotonic) # less earlier sessions
@@ -182,14 +189,15 @@ def main():
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {stage2_step}', one_in=8)
             save_checkpoint(run)
-        # Stage 1: the reference, which the policy still equals, answers each prompt several times,
-        # which gives V*.
-        if algorithm == 'apo' and run.stage1_values is None:
+        # Stage 1: the reference answers each prompt several times, which gives V*. These responses
+        # serve the first steps of stage 2, so a run that is resumed there samples them again.
+        reusing = stage2_step < reused_steps()
+        if algorithm == 'apo' and (run.stage1_values is None or reusing and run.stage1 is None):
             estimate_values(run)
             save_checkpoint(run)
-        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, one fresh
-        # response per prompt.
-        report(run, algorithm, policy_step(run))
+        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, from then on with
+        # one fresh response per prompt.
+        report(run, 'stage 1' if reusing else algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
             if not fresh_prompts:
@@ -250,6 +258,9 @@ def estimate_values(run):
     mine = share(num_train_samples)
     problems = [problem for problem, _ in run.task.training_problems((seed, STAGE1, 0), mine)]
     batch = rollout(run, respond, problems, STAGE1, mine.start * N, temperature, repeat=N)
+    run.stage1 = batch
+    if run.stage1_values is not None: # a run that was resumed has the rest
+        return
     local_rewards = batch.reward.view(-1, N) # (prompts of this rank, N)
     rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device)
     values = optimal_value(rewards, beta1) # (num_train_samples,)
@@ -260,14 +271,7 @@ def estimate_values(run):
         fail(f"every reward of stage 1 is zero, {batch.truncated.mean():.0%} of the responses were cut off at "
              f"--max_new_tokens={max_new_tokens}: give more --warmup_steps, or make the task easier "
              f"({parameters_of(run)})")
-    # The head reads one vector of each prompt, at its end. It is taken once and from the reference,
-    # here the same as the policy, which would keep the graph of every prompt.
-    ends = batch.mask[::N].int().argmax(1) - 1
-    tokens = batch.tokens[::N, :int(ends.max()) + 1]
-    rows = torch.arange(len(tokens), device=device)
-    with torch.no_grad(), on_device(run.reference):
-        features = torch.cat([run.reference.trunk(tokens[r])[range(len(r)), ends[r]]
-                              for r in rows.split(max(1, micro_batch_tokens // tokens.size(1)))]).float()
+    features = prompt_features(run, batch.tokens[::N], batch.mask[::N])
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     for _ in range(100):
         head = [unshard(p).detach().requires_grad_() for p in run.model.value_head.parameters()]
@@ -279,15 +283,34 @@ def estimate_values(run):
     run.stage1_values = values
 
 
+def prompt_features(run, tokens, mask):
+    """Return what the value head reads of each prompt: the policy's last hidden state at its end,
+    (B, d_model)."""
+    ends = mask.int().argmax(1) - 1 # of the prompts, (B,)
+    prompts = tokens[:, :int(ends.max()) + 1]
+    pieces = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // prompts.size(1)))
+    with torch.no_grad(), on_device(run.rollout_model): # it has the policy's weights
+        return torch.cat([run.rollout_model.trunk(prompts[rows])[range(len(rows)), ends[rows]]
+                          for rows in pieces]).float()
+
+
+def predicted_values(run, batch):
+    """Let the value head predict V* of each prompt, (B,), clamped to the range of rewards: above 1 it
+    would push even right answers away."""
+    head = [unshard(p.detach()) for p in run.model.value_head.parameters()]
+    return F.linear(prompt_features(run, batch.tokens, batch.mask), *head).squeeze(1).clamp(0, 1)
+
+
 def policy_step(run):
     """
-    Take one step of A*PO (or GRPO): sample a batch of responses and regress on it. Returns the
-    step's metrics.
-
-    This is all of stage 2: rollout, reference, loss, backward, clip, optimizer step.
+    Take one step of A*PO, or of an algorithm to compare it with: rollout, reference, loss, backward,
+    clip, optimizer step. This is all of stage 2. Returns the step's metrics.
     """
-    problems, stored_values = stage2_problems(run)
-    batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
+    if run.step - warmup_steps < reused_steps():
+        batch, stored_values = stage1_batch(run)
+    else:
+        problems, stored_values = stage2_problems(run)
+        batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
     started = time.monotonic()
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
     pieces = pieces_of(batch.tokens, batch.mask) # micro-batches
@@ -301,11 +324,17 @@ def policy_step(run):
             base_logprobs = score(run.base, pieces, rewards)
     batch.seconds['reference'] = time.monotonic() - started
 
-    if algorithm == 'grpo':
-        advantages = group_advantages(rewards.view(-1, num_responses_per_prompt)).view(-1)
-    logprobs, values = torch.zeros_like(rewards), torch.zeros_like(rewards) # (B,)
+    if run.other: # another algorithm has its advantages in the place of r - V*
+        whole_batch = torch.tensor(gather_lists(rewards.tolist()), device=device)
+        advantages = run.other.advantages(whole_batch.view(-1, responses_per_prompt(run.other))).flatten()
+        advantages, values = advantages[list(share(batch_size))], torch.zeros_like(rewards) # (B,)
+    else:
+        values = predicted_values(run, batch) if stored_values is None else stored_values # V*, (B,)
+    shift = all_reduce((rewards - values).mean()) / world_size if centre else 0.0
+    logprobs = torch.zeros_like(rewards) # (B,)
     old_logprobs = [] # of every token, by the policy that sampled
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
+    before = [p.detach().clone() for p in policy_parameters(run)]
     for update in range(updates_per_batch):
         for i, (rows, tokens, mask) in enumerate(pieces):
             # forward
@@ -314,32 +343,71 @@ def policy_step(run):
             if update == 0:
                 old_logprobs.append(by_token.detach())
                 logprobs[rows] = by_sequence.detach()
-                # Clamped to the range of rewards: above 1 V* would push even right answers away.
-                values[rows] = head_values.detach().clamp(0, 1)
-                if stored_values is not None:
-                    values[rows] = stored_values[rows]
-            # loss: a mean over the sequences of all ranks, or over their tokens
-            if algorithm == 'grpo':
-                loss = grpo_loss(by_token, old_logprobs[i], advantages[rows], mask)
-                loss = loss * mask.sum() * world_size / total_tokens
+            # loss: a mean over the responses of all ranks, or over their tokens
+            weight = len(rows) / len(rewards)
+            if run.other:
+                loss = run.other.loss(by_token, old_logprobs[i], advantages[rows], mask)
+                weight = mask.sum() * world_size / total_tokens if run.other.per_token else weight
             else:
-                loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows], beta2)
+                loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2)
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
-                loss = loss * len(rows) / len(rewards)
+            loss = loss * weight
             # backward
             run.scaler.scale(loss).backward()
         grad_norm = optimizer_step(run) # clips, steps, clears
+        step_kl = bound_step(run, before, pieces, old_logprobs)
     run.step += 1
     batch.seconds['update'] = time.monotonic() - started - batch.seconds['reference']
     return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values),
-                grad_norm=grad_norm, tokens=int(total_tokens),
+                grad_norm=grad_norm, step_kl=step_kl, tokens=int(total_tokens),
                 **{f'seconds_{part}': round(batch.seconds[part], 3) for part in PARTS})
+
+
+def bound_step(run, before, pieces, old_logprobs):
+    """
+    Measure how far the policy has moved from the one that sampled, whose weights were `before`, and
+    go back part of the way where that is more than max_step_kl. Returns the KL before that, in nats a
+    response.
+
+    For small steps it is half the square of the log-ratio, summed over the tokens, and grows with the
+    square of the step. A token that became impossible would count for all others: its square is
+    replaced by a line.
+    """
+    moved = torch.zeros((), device=device)
+    with torch.no_grad():
+        for (_, tokens, mask), old in zip(pieces, old_logprobs):
+            logprobs, _ = token_logprobs(run.model, tokens, mask, temperature, dtype)
+            moved += F.smooth_l1_loss(logprobs, old, reduction='sum')
+        step_kl = all_reduce(moved).item() / batch_size
+        if 0 < max_step_kl < step_kl:
+            for p, old in zip(policy_parameters(run), before):
+                p.lerp_(old, 1 - math.sqrt(max_step_kl / step_kl))
+    return step_kl
+
+
+def reused_steps():
+    """Return how many steps regress on the responses of stage 1."""
+    responses = num_train_samples * num_responses_per_prompt
+    reuse = algorithm == 'apo' and reuse_stage1 and num_responses_per_prompt > 1
+    return min(max_steps, responses // batch_size) if reuse else 0
+
+
+def stage1_batch(run):
+    """Return this rank's part of the responses of stage 1 that the current step regresses on, of as
+    many prompts as possible, and V* of each from the other responses to its prompt."""
+    rewards, N = run.stage1.reward.view(-1, num_responses_per_prompt), num_responses_per_prompt
+    others = [[j for j in range(N) if j != i] for i in range(N)]
+    values = torch.stack([optimal_value(rewards[:, places], beta1) for places in others], dim=1).flatten()
+    stride = len(values) // len(share(batch_size))
+    rows = slice(run.step - warmup_steps, stride * len(share(batch_size)), stride)
+    columns = {name: column[rows] for name, column in run.stage1._asdict().items() if torch.is_tensor(column)}
+    return run.stage1._replace(**columns, seconds=dict(rollout=0.0, grading=0.0)), values[rows]
 
 
 def stage2_problems(run):
     """Return this rank's problems of the current step, and their V* from stage 1, or None where the
     value head gives it."""
-    step, groups = run.step - warmup_steps, 1
+    step = run.step - warmup_steps
     if algorithm == 'apo' and not fresh_prompts:
         # The prompts of stage 1, each once in an epoch, in an order that depends on the epoch.
         places = [divmod(step * batch_size + i, num_train_samples) for i in share(batch_size)]
@@ -348,10 +416,14 @@ def stage2_problems(run):
         chosen = [int(orders[epoch][place]) for epoch, place in places]
         drawn = run.task.training_problems((seed, STAGE1, 0), chosen)
         return [problem for problem, _ in drawn], run.stage1_values[chosen]
-    if algorithm == 'grpo': # every prompt N times in a row
-        groups = num_responses_per_prompt
+    groups = responses_per_prompt(run.other) # every prompt as often in a row
     drawn = run.task.training_problems((seed, TRAIN, step), share(batch_size // groups))
     return [problem for problem, _ in drawn for _ in range(groups)], None
+
+
+def responses_per_prompt(other):
+    """Return how many responses of a batch answer the same prompt."""
+    return num_responses_per_prompt if other and other.grouped else 1
 
 
 def step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values):
@@ -394,10 +466,13 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
     if run.rollout_model is not run.model:
         copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
-    with contextlib.suppress(Stopped), on_device(run.rollout_model):
+    model, step = run.rollout_model, run.step
+    if stream == STAGE1: # which may have to be repeated when a run is resumed
+        model, step = run.reference, run.step if run.step - warmup_steps >= reused_steps() else warmup_steps
+    with contextlib.suppress(Stopped), on_device(model):
         if problems: # there may be more ranks than held-out problems
             result = function(
-                run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat, first=first,
+                model, run.task, run.tokenizer, problems, (seed, stream, step), repeat, first=first,
                 max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
                 watch=watch_signals, progress=name if rank == 0 else '')
     leave_if_asked(run)
@@ -423,6 +498,7 @@ def log_evaluation(run, when, one_in=1):
         for row in rows[:8]:
             record(run, 'samples.jsonl', dict(step=run.step, **row))
     run.evaluated = run.step
+    run.best = max(run.best, (result['accuracy'], run.step))
     if rank == 0:
         with contextlib.suppress(Exception): # a picture must not end a run; finish says what is wrong
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
@@ -459,7 +535,7 @@ def build(settings, checkpoint):
     model.recompute = activation_checkpointing
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
-    run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers)
+    run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers, other=find_algorithm(algorithm))
     # Sampling needs whole weights in the precision that computes; on one rank in float32 the
     # policy's own are that.
     if world_size > 1 or cpu_offload or dtype != 'float32' or compile:
@@ -637,9 +713,8 @@ def optimizer_step(run):
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     # The value head by itself, or its gradient, large and noisy, would shrink the policy's.
-    policy = [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
     norm, head_norm = (unshard(torch.nn.utils.clip_grad_norm_(part, grad_clip)).item()
-                       for part in (policy, run.model.value_head.parameters()))
+                       for part in (policy_parameters(run), run.model.value_head.parameters()))
     finite = math.isfinite(norm + head_norm)
     if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
@@ -649,6 +724,11 @@ def optimizer_step(run):
     run.scaler.update()
     run.model.zero_grad()
     return norm
+
+
+def policy_parameters(run):
+    """Return all parameters but the value head's."""
+    return [p for name, p in run.model.named_parameters() if not name.startswith('value_head')]
 
 
 def share(count):
@@ -699,8 +779,11 @@ def configure(argv):
     resuming = paths['init_from'] == 'resume'
     if resuming and 'task' not in texts:
         name = paths['task'] = checkpoint['task']
-        if name.endswith('.py'):
-            fail(f"a checkpoint must not choose what code runs: its task is a file, add --task={name}")
+    for kind_of_file in ('task', 'algorithm') if resuming else ():
+        file = checkpoint['settings'].get(kind_of_file, '')
+        if file.endswith('.py') and kind_of_file not in texts:
+            fail(f"a checkpoint must not choose what code runs: its {kind_of_file} is a file, "
+                 f"add --{kind_of_file}={file}")
     with one_line(f'--task={name}', ValueError, OSError):
         kind = find_task(name)
     defaults = SETTINGS | parameters(kind)
@@ -785,7 +868,7 @@ def check_settings(settings, checkpoint):
     """End with one line for settings that cannot work."""
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
-            fail(f"--{name} must be {' or '.join(choices)}, not {settings[name]!r}")
+            fail(f"--{name} must be {' or '.join(map(str, choices))}, not {settings[name]!r}")
     for name, default in SETTINGS.items():
         least = LEAST.get(name, 0) # where it is not just above 0
         value = settings[name]
@@ -795,9 +878,11 @@ def check_settings(settings, checkpoint):
         if settings[name] != checkpoint['config'][name]:
             fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
                  f"which has {checkpoint['config'][name]}")
-    group = settings['num_responses_per_prompt'] if settings['algorithm'] == 'grpo' else 1
-    if settings['algorithm'] == 'grpo' and group < 2:
-        fail("--algorithm=grpo compares the responses to a prompt: --num_responses_per_prompt must be at least 2")
+    other = find_algorithm(settings['algorithm'])
+    group = settings['num_responses_per_prompt'] if other and other.grouped else 1
+    if other and other.grouped and group < 2:
+        fail(f"--algorithm={settings['algorithm']} compares the responses to a prompt: "
+             "--num_responses_per_prompt must be at least 2")
     units = dict(batch_size=world_size * group, warmup_batch_size=world_size, num_train_samples=world_size)
     unused = ['num_train_samples'] * (group > 1) + ['warmup_batch_size'] * (settings['warmup_steps'] == 0)
     for name, unit in units.items():
@@ -871,6 +956,19 @@ def open_start(start, folder):
         return open_pretrained(path, snapshot_download(path, allow_patterns=files))
 
 
+def find_algorithm(name):
+    """Return the Algorithm of that name, None for A*PO, or that of a file: its functions `loss` and,
+    where it has it, `advantages`, and its constants `grouped` and `per_token`, where one is True."""
+    if name == 'apo' or name in ALGORITHMS:
+        return ALGORITHMS.get(name)
+    if not name.endswith('.py'):
+        fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
+    with one_line(f'--algorithm={name}', Exception):
+        parts = runpy.run_path(os.path.expanduser(name), run_name='algorithm_file')
+        return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
+                         parts.get('grouped', False), parts.get('per_token', False))
+
+
 def open_pretrained(name, folder):
     """Return what build needs of pretrained weights: where they are, their config and tokenizer."""
     with one_line(name):
@@ -934,14 +1032,15 @@ def save_checkpoint(run, final=False):
     saved = checkpoints(out_dir)
     if keep_checkpoints and not final:
         for old in saved[:saved.index(path) + 1][:-keep_checkpoints]:
-            os.remove(old)
+            if not old.endswith(f'_{run.best[1]}.pt'):
+                os.remove(old)
 
 
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
     # What these settings decided lies behind the run.
-    settled = ['task', 'dtype', 'seed', 'num_train_samples', 'warmup_muon_learning_rate']
+    settled = ['task', 'dtype', 'seed', 'fold', 'num_train_samples', 'warmup_muon_learning_rate']
     settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
     for name in settled:
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
@@ -1016,12 +1115,14 @@ def leave_if_asked(run):
     save_checkpoint(run)
     all_reduce(0).item() # rank 0 has written: torchrun may kill it when the others leave
     fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume "
-         f"--out_dir={shlex.quote(out_dir)}{task_file()}")
+         f"--out_dir={shlex.quote(out_dir)}{files_of_code('task', 'algorithm')}")
 
 
-def task_file():
-    """Return what a command needs besides to find this run's task, where that is a file."""
-    return f' --task={shlex.quote(task)}' if task.endswith('.py') else ''
+def files_of_code(*names):
+    """Return what a command needs besides to find this run's task or algorithm, where that is a
+    file."""
+    files = dict(task=task, algorithm=algorithm)
+    return ''.join(f' --{name}={shlex.quote(files[name])}' for name in names if files[name].endswith('.py'))
 
 
 def report(run, phase, metrics, every=1):
@@ -1036,7 +1137,7 @@ def report(run, phase, metrics, every=1):
                *[f'{name} {metrics[name]:.{digits}f}' for name, digits in shown.items()],
                f"{metrics['tokens'] / max(seconds, 1e-3):,.0f} tokens/s  {run.seconds / 60:.1f} min, "
                f"{run.pace * (last - run.step) / 60:.1f} min left", sep='  ')
-    if phase != 'warm-up':
+    if phase not in ('warm-up', 'stage 1'): # whose responses are the reference's
         hint(run, metrics)
 
 
@@ -1044,17 +1145,16 @@ def hint(run, metrics):
     """Say once, when the metrics show that something goes wrong, what it is and which setting mends
     it."""
     run.rewards.append(metrics['reward'])
-    start, now, steps = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:]), len(run.rewards)
-    fallen = now < start - 0.1
+    steps, of_ten = len(run.rewards), np.convolve(run.rewards, np.full(10, 0.1), 'valid') # running means
+    start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
     signs = {
         f"every reward so far is zero: give more --warmup_steps, or make the task easier ({parameters_of(run)})":
             steps >= 5 and not any(run.rewards),
         f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
             metrics['truncated'] > 0.5,
-        f"the reward has fallen and the KL is large: lower --learning_rate={learning_rate}":
-            fallen and metrics['base_kl'] > 10,
-        f"few responses keep the format, and fewer by the step: lower --learning_rate={learning_rate}":
-            fallen and metrics['formatted'] < 0.5,
+        f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: lower "
+        f"--max_step_kl={max_step_kl} or --learning_rate={learning_rate}; the best checkpoint is kept":
+            steps >= 10 and of_ten[-1] < max(of_ten) - 0.05 or metrics['base_kl'] > 5,
         f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}":
             steps >= 50 and now < min(0.9, start + 0.02)}
     for advice in [advice for advice, sign in signs.items() if sign and advice not in run.hints]:
@@ -1125,7 +1225,7 @@ def finish(run):
         print0(f"no curves.png: {message} (where matplotlib is missing: pip install matplotlib)")
     print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py "
-           f"--checkpoint={shlex.quote(out_dir)}{task_file()}")
+           f"--checkpoint={shlex.quote(out_dir)}{files_of_code('task')}")
 
 
 def print0(*words, **options):

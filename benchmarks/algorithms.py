@@ -1,115 +1,268 @@
 """
-A*PO against GRPO, and A*PO with one setting changed: from the same warmed-up base in assets/, with
-as many sampled responses, over several seeds. Prints a table and draws accuracy against minutes and
+A*PO against the algorithms it is compared with, from the same warmed-up base and with as many sampled
 responses.
 
-    python benchmarks/algorithms.py --seeds=3                      # the two algorithms
-    python benchmarks/algorithms.py --table=rates --seeds=1        # the learning rate of each
-    python benchmarks/algorithms.py --table=ablations --seeds=1    # A*PO, one setting away from the default
+    python benchmarks/algorithms.py                            # all of them: about nine hours on two cores
+    python benchmarks/algorithms.py --mine=benchmarks/my_loss.py --only=mine,GRPO     # a loss of one's own
+    python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
+    python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
 
-Every run is one of train.py's, in out/algorithms/; one that is there already is not run again. Only
-A*PO has a stage 1: what it samples there GRPO gets as further steps.
+Each algorithm takes the best of three learning rates, chosen on another fold of the problems with two
+seeds; then fresh seeds at that rate are evaluated on the held-out problems, which chose nothing. Every
+run is one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/,
+one small file a run: a run that is there is not taken again, so the command can be stopped and
+repeated, and on a fresh checkout it prints the committed figures.
 """
 import argparse
 import json
 import os
-import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-import train
-from sample import COLORS
-from tasks import TASKS
+from sample import COLORS, read_log
 
-GRPO = ['--algorithm=grpo']
-TABLES = dict(
-    algorithms={'A*PO': [], 'GRPO': GRPO},
-    rates={f'{name}, learning rate {rate}': [*settings, f'--learning_rate={rate}']
-           for name, settings in [('A*PO', []), ('GRPO', GRPO)] for rate in (1e-4, 2e-4, 4e-4, 8e-4)},
-    ablations={' '.join(settings).replace('--', '') or 'default': settings for settings in (
-        [], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-4'], ['--beta2=1e-2'],
-        ['--beta2=1e-1'], ['--ref_update_interval=20'], ['--fresh_prompts=False'], ['--partial_credit=0.5'])})
+RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
+RATES = ('2e-4', '4e-4', '8e-4')
+BATCH, STAGE1 = 128, 2048 # responses
+PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
+# Each row: settings, and whether it has a stage 1.
+ALGORITHMS = {
+    'A*PO': [],
+    'A*PO as published': [*PLAIN, '--centre=False', '--reuse_stage1=False', '--fresh_prompts=False', '--grad_clip=500'],
+    'GRPO': [*PLAIN, '--algorithm=grpo'],
+    'RLOO': [*PLAIN, '--algorithm=rloo'],
+    'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
+    'rejection sampling': [*PLAIN, '--algorithm=rejection'],
+    'imitation goes on': ['--max_steps=0']}
+TWICE = ('A*PO', 'GRPO', 'rejection sampling') # which are also given twice the responses
+MANY = { # several updates per batch: where the ratio is not 1
+    f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name}', f'--updates_per_batch={updates}']
+    for updates in (2, 4) for name in ('grpo', 'cispo', 'gspo')} | {
+    f'A*PO, {updates} updates': [f'--updates_per_batch={updates}'] for updates in (2, 4)}
+ABLATIONS = {' '.join(settings).replace('--', '') or 'default': settings for settings in (
+    [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--reuse_stage1=False'],
+    ['--max_step_kl=0'], ['--max_step_kl=0.005'], ['--max_step_kl=0.1'], ['--grad_clip=500'],
+    ['--num_train_samples=16'], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-4'],
+    ['--beta2=1e-2'], ['--fresh_prompts=False'], ['--ref_update_interval=20'])}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--task', default='countdown', choices=['countdown', 'multiplication'])
-    parser.add_argument('--table', default='algorithms', choices=TABLES)
-    parser.add_argument('--seeds', type=int, default=3)
-    args, extra = parser.parse_known_args() # what else is given goes to train.py
-    kind = TASKS[args.task]
-    common = train.SETTINGS | train.parameters(kind) | kind.defaults # what all runs have, but for the table's
-    texts = train.read_arguments(extra)
-    common |= {name: train.typed(name, text, common, args.task) for name, text in texts.items()}
-    results = {name: [run(args.task, seed, settings, common, extra) for seed in range(1, args.seeds + 1)]
-               for name, settings in TABLES[args.table].items()
-               if train.read_arguments(settings).keys() <= common.keys()} # multiplication has no partial_credit
-    print_table(results)
-    plot(results, common, f'out/algorithms/{args.task}_{args.table}.png')
+    parser.add_argument('--table', default='algorithms', choices=['algorithms', 'many_updates', 'ablations'])
+    parser.add_argument('--seeds', type=int, default=8, help='fresh seeds of each algorithm')
+    parser.add_argument('--only', default='', help='names of rows, with commas between them')
+    parser.add_argument('--mine', default='', help='a file with a loss: see benchmarks/my_loss.py')
+    parser.add_argument('--jobs', type=int, default=2, help='runs side by side, one thread each')
+    parser.add_argument('--dry_run', action='store_true')
+    args = parser.parse_args()
+    rows = dict(algorithms=ALGORITHMS, many_updates=MANY, ablations=ABLATIONS)[args.table]
+    if args.mine:
+        rows = rows | {'mine': [*PLAIN, f'--algorithm={args.mine}']}
+    if args.only:
+        rows = {name: rows[name] for name in args.only.split(',')}
+
+    budget = 7168
+    if args.table == 'ablations': # at the default's rate, on the fold that chooses
+        runs = {name: [plan(name, settings, seed, budget, fold=1) for seed in (1, 2, 3)]
+                for name, settings in rows.items()}
+        take_all(sum(runs.values(), []), args)
+        return print_table(runs, baseline='default')
+    trials = {(name, rate): [plan(name, settings, seed, budget, rate, fold=1) for seed in (1, 2)]
+              for name, settings in rows.items() for rate in RATES}
+    take_all(sum(trials.values(), []), args)
+    rates = {name: max(RATES, key=lambda rate: mean_accuracy(trials[name, rate])) for name in rows}
+    print_rates(trials, rows)
+    # Without any result of a row its rate is not known yet, and its fresh seeds have to wait.
+    known = [name for name in rows if mean_accuracy(trials[name, rates[name]]) > 0]
+    runs = {name: [plan(name, rows[name], seed, budget, rates[name]) for seed in range(11, 11 + args.seeds)]
+            for name in known}
+    for name in TWICE if args.table == 'algorithms' else ():
+        if name in known:
+            runs[f'{name}, 14,336 responses'] = [
+                plan(name, rows[name], seed, 2 * budget, rates[name]) for seed in range(11, 11 + min(4, args.seeds))]
+    take_all(sum(runs.values(), []), args)
+    print_table(runs, baseline='GRPO')
+    plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
 
 
-def run(task, seed, settings, common, extra):
-    """Train, unless that was done before. Returns the run's folder."""
-    words = '_'.join([task, *(word.strip('-') for word in [*settings, *extra]), str(seed)])
-    folder = os.path.join('out', 'algorithms', words)
-    if os.path.exists(os.path.join(folder, 'peak_memory')):
-        return folder
-    more = stage1_responses(common) // common['batch_size'] if settings[:1] == GRPO else 0
-    process = subprocess.Popen([
-        sys.executable, os.path.join(top, 'train.py'), f'--task={task}', f'--init_from={top}/assets/{task}_base.pt',
-        f'--out_dir={folder}', f'--seed={seed}', *extra, *settings, f'--max_steps={common["max_steps"] + more}'])
-    _, status, usage = os.wait4(process.pid, 0)
-    if status:
-        sys.exit(f'train.py stopped, see above: {folder}')
-    with open(os.path.join(folder, 'peak_memory'), 'w') as file:
-        file.write(str(usage.ru_maxrss / 2 ** 20)) # GiB
-    return folder
+# --------------------------------------------------------------------------------------------------
+# Runs
+
+def plan(name, settings, seed, budget, rate=None, fold=0):
+    """Return (record, command) of one run: the file it leaves, and what starts it."""
+    words = [f'--seed={seed}', f'--fold={fold}', *settings]
+    steps = budget // BATCH
+    if '--max_steps=0' in settings: # imitation: as many demonstrations, 16 a step; rates of the warm-up
+        scale = {'2e-4': 0.1, '4e-4': 0.3, '8e-4': 1.0}[rate]
+        words += [f'--warmup_steps={budget // 16}', f'--warmup_learning_rate={3e-3 * scale}',
+                  f'--warmup_muon_learning_rate={0.006 * scale}']
+    else:
+        if '--reuse_stage1=False' in settings: # stage 1 is sampled and serves no step
+            steps -= STAGE1 // BATCH
+        words += [f'--max_steps={steps}', '--eval_interval=8'] + ([f'--learning_rate={rate}'] if rate else [])
+    label = '_'.join([name, rate or 'default', str(budget), f'fold{fold}', f'seed{seed}'])
+    label = label.replace(' ', '-').replace('*', '').replace(',', '')
+    folder = os.path.join('out', 'algorithms', label)
+    command = [sys.executable, os.path.join(top, 'train.py'), f'--init_from={top}/assets/countdown_base.pt',
+               f'--out_dir={folder}', '--num_eval_samples=4000', *words]
+    return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
 
 
-def stage1_responses(common):
-    return common['num_train_samples'] * common['num_responses_per_prompt']
+def take_all(plans, args):
+    """Take the runs that have no record yet, some side by side."""
+    missing = [one for one in plans if not os.path.exists(one[0])]
+    print(f'{len(missing)} of {len(plans)} runs to take', flush=True)
+    if args.dry_run:
+        return
+    os.makedirs(RESULTS, exist_ok=True)
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for i, record in enumerate(pool.map(lambda one: take(*one), missing), 1):
+            print(f"{i}/{len(missing)} {os.path.basename(record['folder'])}: {record['accuracy']:.1%}", flush=True)
 
 
-def rows_of(folder):
-    return [json.loads(line) for line in open(os.path.join(folder, 'metrics.jsonl'))]
+def take(path, folder, command, budget):
+    """Take one run, or go on with it, and write its record."""
+    if os.path.exists(folder): # a run that was stopped
+        subprocess.run(['rm', '-r', folder], check=True)
+    process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
+    if process.returncode:
+        sys.exit(f"train.py stopped, see above: {' '.join(command)}")
+    with open(os.path.join(folder, 'results_summary.json')) as file:
+        summary = json.load(file)
+    rows = read_log(os.path.join(folder, 'metrics.jsonl'))
+    steps = [row for row in rows if 'kl' in row and row['phase'] != 'stage 1']
+    record = dict(
+        folder=folder, command=' '.join(command[1:]).replace(top + '/', ''), responses=budget,
+        accuracy=summary['accuracy'], interval=summary['interval_95'], by_difficulty=summary['accuracy_by_difficulty'],
+        minutes=summary['seconds'] / 60, git_commit=summary['git_commit'],
+        kl=float(np.mean([row['base_kl'] for row in steps[-10:]])) if steps else None,
+        greatest_kl=max([row['base_kl'] for row in steps], default=None),
+        clipped=float(np.mean([row['grad_norm'] > summary['settings']['grad_clip'] for row in steps] or [0])),
+        evaluations=evaluations_of(rows, steps, budget))
+    with open(path + '.tmp', 'w') as file:
+        json.dump(record, file, indent=1)
+    os.replace(path + '.tmp', path)
+    return record
 
 
-def print_table(results):
-    print('| what | accuracy: mean (each seed) | minutes | KL to the base | response length | GiB at the most |\n'
-          '|---|---|---|---|---|---|')
-    for name, folders in results.items():
-        summaries = [json.load(open(os.path.join(folder, 'results_summary.json'))) for folder in folders]
-        last = [[row for row in rows_of(folder) if 'kl' in row][-10:] for folder in folders] # ten steps, for the noise
-        memory = [float(open(os.path.join(folder, 'peak_memory')).read()) for folder in folders]
-        print(f"| {name} | {statistics.mean(s['accuracy'] for s in summaries):.1%} "
-              f"({', '.join(format(s['accuracy'], '.1%') for s in summaries)}) "
-              f"| {statistics.mean(s['seconds'] for s in summaries) / 60:.1f} "
-              f"| {statistics.mean(row['base_kl'] for rows in last for row in rows):.1f} "
-              f"| {statistics.mean(s['length'] for s in summaries):.0f} | {statistics.mean(memory):.2f} |")
+def evaluations_of(rows, steps, budget):
+    """Return [responses, minutes, accuracy, KL] of each evaluation; KL is that of the steps around."""
+    found, last = [], rows[-1]['step']
+    reused = STAGE1 if any(row['phase'] == 'stage 1' for row in rows) else 0
+    for row in rows:
+        if row['phase'] == 'evaluation':
+            near = [step['base_kl'] for step in steps if abs(step['step'] - row['step'] - 0.5) < 2]
+            sampled = max(reused, budget - BATCH * (last - row['step'])) if row['step'] else 0
+            found.append([sampled, round(row['seconds'] / 60, 2), row['accuracy'],
+                          round(float(np.mean(near)), 3) if near and row['step'] else 0.0])
+    return found
 
 
-def plot(results, common, path):
-    """Draw held-out accuracy, a mean over the seeds, against minutes and sampled responses."""
-    import matplotlib
-    matplotlib.use('Agg')
-    import matplotlib.pyplot as plt
-    figure, axes = plt.subplots(1, 2, figsize=(11, 4), layout='constrained', sharey=True)
-    for (name, folders), color in zip(results.items(), COLORS * len(results)):
-        runs = [[row for row in rows_of(folder) if row['phase'] == 'evaluation'] for folder in folders]
-        first = 0 if 'grpo' in folders[0] else stage1_responses(common)
-        steps = [rows[0] for rows in zip(*runs)]
-        accuracy = [statistics.mean(row['accuracy'] for row in rows) for rows in zip(*runs)]
-        minutes = [statistics.mean(row['seconds'] for row in rows) / 60 for rows in zip(*runs)]
-        responses = [(row['step'] * common['batch_size'] + first * (row['step'] > 0)) / 1000 for row in steps]
-        for axis, x in zip(axes, (minutes, responses)):
-            axis.plot(x, accuracy, 'o-', color=color, label=name)
-    for axis, label in zip(axes, ('minutes', 'thousand responses, those of stage 1 included')):
-        axis.set(xlabel=label, ylabel='held-out accuracy')
+# --------------------------------------------------------------------------------------------------
+# Tables and figure
+
+def records(plans):
+    return [json.load(open(path)) for path, *_ in plans if os.path.exists(path)]
+
+
+def mean_accuracy(plans):
+    return float(np.mean([record['accuracy'] for record in records(plans)] or [0]))
+
+
+def interquartile_mean(values):
+    """Return the mean of the middle half (rliable, arXiv 2108.13264)."""
+    values = np.sort(values)
+    cut = len(values) // 4
+    return values[cut:len(values) - cut].mean()
+
+
+def bootstrap(values, statistic=interquartile_mean, draws=10000):
+    """Return the 95% interval of a statistic over seeds, which are drawn again with replacement."""
+    rng = np.random.default_rng(0)
+    drawn = [statistic(rng.choice(values, len(values))) for _ in range(draws)]
+    return np.quantile(drawn, [0.025, 0.975])
+
+
+def reached(record, level, column):
+    """Return what it took until an evaluation was at a level and stayed there on average with the next
+    one, or None. column: 0 responses, 1 minutes."""
+    found = record['evaluations']
+    for now, after in zip(found, found[1:] + found[-1:]):
+        if now[2] >= level and (now[2] + after[2]) / 2 >= level:
+            return now[column]
+    return None
+
+
+def accuracy_at_kl(record, kl=1.0):
+    """Interpolate between the evaluations; None for a run that never was as far."""
+    points = sorted((x[3], x[2]) for x in record['evaluations'])
+    return float(np.interp(kl, *zip(*points))) if points[-1][0] >= kl else None
+
+
+def median(values):
+    values = [value for value in values if value is not None]
+    return float(np.median(values)) if values else None
+
+
+def shown(value, form):
+    return '' if value is None else format(value, form)
+
+
+def print_rates(trials, rows):
+    print('\n| rate | ' + ' | '.join(RATES) + ' |\n|---|' + '---|' * len(RATES))
+    for name in rows:
+        print(f'| {name} | ' + ' | '.join(
+            ', '.join(f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES) + ' |')
+
+
+def print_table(runs, baseline):
+    print('\n| | seeds | accuracy: interquartile mean | each seed | better than '
+          f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% | to 90% '
+          '| minutes | fell by 3 points | steps clipped |\n|' + '---|' * 15)
+    against = [record['accuracy'] for record in records(runs.get(baseline, []))]
+    for name, plans in runs.items():
+        found = records(plans)
+        if not found:
+            continue
+        accuracy = np.array([record['accuracy'] for record in found])
+        low, high = bootstrap(accuracy)
+        wins = [float(a > b) + 0.5 * float(a == b) for a in accuracy for b in against]
+        fell = [max(x[2] for x in record['evaluations']) - record['evaluations'][-1][2] > 0.03 for record in found]
+        print(f"| {name} | {len(found)} | {interquartile_mean(accuracy):.1%} [{100 * low:.1f}, {100 * high:.1f}] "
+              f"| {', '.join(f'{100 * a:.1f}' for a in accuracy)} | {shown(np.mean(wins) if wins else None, '.2f')} "
+              f"| {shown(median(r['kl'] for r in found), '.2f')} "
+              f"| {shown(median(r['greatest_kl'] for r in found), '.1f')} "
+              f"| {shown(median(map(accuracy_at_kl, found)), '.1%')} "
+              + ''.join(f"| {shown(median(reached(r, level, column) for r in found), form)} "
+                        for column, form in ((0, ',.0f'), (1, '.1f')) for level in (0.85, 0.90))
+              + f"| {np.mean([r['minutes'] for r in found]):.1f} | {np.mean(fell):.0%} "
+              f"| {np.mean([r['clipped'] for r in found]):.0%} |")
+
+
+def plot(runs, path):
+    """Draw held-out accuracy against responses and against the root of the KL: a thin line a seed."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(12, 5), layout='constrained')
+    axes = figure.subplots(1, 2, sharey=True)
+    drawn = [name for name, plans in runs.items() if records(plans) and '14,336' not in name]
+    for name, color in zip(drawn, (COLORS + ['black', 'grey']) * len(drawn)):
+        for i, record in enumerate(records(runs[name])):
+            points = np.array(record['evaluations'])
+            axes[0].plot(points[:, 0], points[:, 2], color=color, lw=0.7, alpha=0.7, label=name if i == 0 else None)
+            axes[1].plot(np.sqrt(points[:, 3].clip(0)), points[:, 2], color=color, lw=0.7, alpha=0.7)
+    axes[0].set(xlabel='responses, those of stage 1 included', ylabel='held-out accuracy')
+    axes[1].set(xlabel='square root of the KL to the base')
+    for axis in axes:
         axis.grid(alpha=0.3)
-    axes[0].legend(frameon=False)
-    figure.savefig(path, dpi=110)
+    if drawn:
+        for line in axes[0].legend(frameon=False).get_lines():
+            line.set(lw=2, alpha=1)
+        figure.savefig(path, dpi=110)
 
 
 if __name__ == '__main__':

@@ -16,12 +16,14 @@ import sys
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-from sample import EVAL, held_out_problems, load, load_checkpoint, respond
+from sample import EVAL, find_checkpoint, held_out_problems, load, load_checkpoint, respond
 from tasks import END_THINK, evaluate
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+parser.add_argument('--checkpoint', nargs='+', metavar='PATH', help='files, or folders of runs',
+                    default=[f'{top}/assets/countdown_base.pt', f'{top}/assets/countdown_trained.pt'])
 parser.add_argument('--num_problems', type=int, default=500)
-parser.add_argument('--read', type=int, default=0, help='print so many right responses of the trained model')
+parser.add_argument('--read', type=int, default=0, help='print so many right responses of the last model')
 args = parser.parse_args()
 
 
@@ -45,8 +47,8 @@ def is_true(step):
 
 print('| model | right | gives up | cut off | wrong after a solution | other | attempts | repeated | with a mistake '
       '| right without steps | with a false step |\n' + '|---' * 11 + '|')
-for name in ('base', 'trained'):
-    path = f'{top}/assets/countdown_{name}.pt'
+for name in args.checkpoint:
+    path = find_checkpoint(name)
     checkpoint = load_checkpoint(path)
     settings = checkpoint['settings']
     model, task, tokenizer = load(checkpoint, path)
@@ -70,7 +72,7 @@ for name in ('base', 'trained'):
         count['mistake'] += sum(n for line, n in written.items() if not true[line])
     shares = [f'{count[key] / len(batch.texts):.1%}' for key in
               ('right', 'gives up', 'cut off', 'wrong after a solution', 'other')]
-    print(f"| {name} | {' | '.join(shares)} | {count['attempts'] / len(batch.texts):.1f} a response "
+    print(f"| {os.path.basename(name)} | {' | '.join(shares)} | {count['attempts'] / len(batch.texts):.1f} a response "
           f"| {count['repeated'] / count['attempts']:.1%} | {count['mistake'] / count['attempts']:.1%} "
           f"| {count['no steps']} of {len(right)} | {count['false step']} of {len(right)} |", flush=True)
 print('\n\n'.join(['', *right[:args.read]]))
