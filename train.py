@@ -70,7 +70,7 @@ warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; dec
 warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
-max_steps = 80 # steps after the warm-up, each on a batch of fresh responses
+max_steps = 96 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
@@ -79,7 +79,7 @@ beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
 reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
-max_step_kl = 0.02 # shorten an optimizer step that moves the policy further, in nats a response; 0: no bound
+max_step_kl = 0.005 # shorten an optimizer step that moves the policy further, in nats a response; 0: no bound
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
@@ -334,7 +334,8 @@ def policy_step(run):
     logprobs = torch.zeros_like(rewards) # (B,)
     old_logprobs = [] # of every token, by the policy that sampled
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
-    before = [p.detach().clone() for p in policy_parameters(run)]
+    before = [p.detach().clone() for p in policy_parameters(run)] if max_step_kl else []
+    step_kl = 0.0 # not measured where it has no bound
     for update in range(updates_per_batch):
         for i, (rows, tokens, mask) in enumerate(pieces):
             # forward
@@ -355,7 +356,8 @@ def policy_step(run):
             # backward
             run.scaler.scale(loss).backward()
         grad_norm = optimizer_step(run) # clips, steps, clears
-        step_kl = bound_step(run, before, pieces, old_logprobs)
+        if max_step_kl:
+            step_kl = bound_step(run, before, pieces, old_logprobs)
     run.step += 1
     batch.seconds['update'] = time.monotonic() - started - batch.seconds['reference']
     return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values),
@@ -379,7 +381,7 @@ def bound_step(run, before, pieces, old_logprobs):
             logprobs, _ = token_logprobs(run.model, tokens, mask, temperature, dtype)
             moved += F.smooth_l1_loss(logprobs, old, reduction='sum')
         step_kl = all_reduce(moved).item() / batch_size
-        if 0 < max_step_kl < step_kl:
+        if step_kl > max_step_kl:
             for p, old in zip(policy_parameters(run), before):
                 p.lerp_(old, 1 - math.sqrt(max_step_kl / step_kl))
     return step_kl
