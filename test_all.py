@@ -1114,7 +1114,7 @@ def test_a_run_leaves_what_it_promises(trained):
     assert [r['step'] for r in rows if r['phase'] == 'warm-up'] == list(range(1, 61))
     steps = [r for r in rows if 'kl' in r]
     assert [(r['step'], r['phase']) for r in steps] == [
-        (step, 'stage 1' if step < 65 else 'apo') for step in range(61, 69)]
+        (step, 'reuse' if step < 65 else 'apo') for step in range(61, 69)]
     assert [r['step'] for r in rows if r['phase'] == 'evaluation'] == [50, *range(60, 69)]
     for name in ('reward', 'accuracy', 'kl', 'residual', 'residual_std', 'value_zero', 'truncated', 'entropy',
                  'grad_norm', 'seconds_rollout', 'seconds_update'):
@@ -1187,7 +1187,7 @@ def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
 
 
 @pytest.mark.parametrize('ranks, extra', [
-    (2, []), pytest.param(4, [], marks=slow), pytest.param(2, ['--cpu_offload=True'], marks=slow),
+    (2, ['--max_step_kl=1e-7']), pytest.param(2, ['--max_step_kl=0'], marks=slow), pytest.param(4, [], marks=slow), pytest.param(2, ['--cpu_offload=True'], marks=slow),
     pytest.param(2, ['--algorithm=grpo'], marks=slow), pytest.param(1, ['--cpu_offload=True'], marks=slow)])
 def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
     """Sharded over processes: the same problems, the same sampled responses, gradients and weights as one process."""
@@ -1208,6 +1208,15 @@ def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
                 assert abs(value - other[name]) < 1e-4 + 5e-3 * abs(value), (row['phase'], row['step'], name)
     one, two = (open(tmp_path / name / 'samples.jsonl').read() for name in ('one', 'more'))
     assert one == two, "with sampling noise, too"
+
+
+@slow
+def test_two_ranks_in_half_precision_keep_their_weights_in_float32(trained, tmp_path):
+    process = script('train.py', *TINY, f'--init_from={trained}/tinyzero_astarpo_final.pt', '--dtype=bfloat16',
+                     '--reuse_stage1=False', '--max_steps=3', f'--out_dir={tmp_path}/run', ranks=2)
+    assert process.returncode == 0, process.stderr
+    final = weights(tmp_path / 'run' / 'tinyzero_astarpo_final.pt')['model']
+    assert all(not torch.equal(p, p.bfloat16().float()) for name, p in final.items() if 'value_head' not in name)
 
 
 @slow
@@ -1586,12 +1595,13 @@ def test_the_benchmark_counts_responses_and_reads_its_records():
     assert it['interquartile_mean']([0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 9.0]) == pytest.approx(0.75)
     low, high = it['bootstrap'](np.array([0.9, 0.9, 0.92, 0.94, 0.9, 0.91]))
     assert 0.9 <= low < 0.91 < high <= 0.94
-    rows = [dict(step=1, phase='stage 1')] + [
+    rows = 16 * [dict(step=1, phase='reuse')] + [
         dict(step=step, phase='evaluation', accuracy=0.6 + step / 100, seconds=60 * step) for step in (0, 16, 24, 32)]
     steps = [dict(step=step, base_kl=step / 10) for step in range(17, 33)]
     found = it['evaluations_of'](rows, steps, 32 * 128)
     assert [point[0] for point in found] == [0, 2048, 3072, 4096], "stage 1 is sampled before the first step"
     assert [point[3] for point in found] == pytest.approx([0, 1.75, 2.45, 3.15], abs=0.06)
+    assert it['evaluations_of'](rows[:17] + [rows[17] | dict(step=8)], steps, 1024)[1][3] is None, "no KL yet"
     record = dict(evaluations=found)
     assert it['reached'](record, 0.8, 0) == 3072 and it['reached'](record, 0.99, 1) is None
     assert it['accuracy_at_kl'](record, 2.0) == pytest.approx(0.76 + 0.08 * 0.25 / 0.7, abs=0.01)

@@ -79,7 +79,7 @@ beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
 reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
-max_step_kl = 0.005 # shorten an optimizer step that moves the policy further, in nats a response; 0: no bound
+max_step_kl = 0.005 # a batch moves the policy by at most so much, in nats a response; 0: no bound
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
@@ -183,6 +183,7 @@ def main():
         run.optimizers = make_optimizers(run.model)
     if max_steps and run.warmup_accuracy is None:
         run.warmup_accuracy = log_evaluation(run, 'after the warm-up')['accuracy']
+        save_checkpoint(run)
 
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
@@ -197,7 +198,7 @@ def main():
             save_checkpoint(run)
         # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, from then on with
         # one fresh response per prompt.
-        report(run, 'stage 1' if reusing else algorithm, policy_step(run))
+        report(run, 'reuse' if reusing else algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
             if not fresh_prompts:
@@ -332,7 +333,7 @@ def policy_step(run):
         values = predicted_values(run, batch) if stored_values is None else stored_values # V*, (B,)
     shift = all_reduce((rewards - values).mean()) / world_size if centre else 0.0
     logprobs = torch.zeros_like(rewards) # (B,)
-    old_logprobs = [] # of every token, by the policy that sampled
+    old_logprobs = [] # of every token, by the policy before this batch
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     before = [p.detach().clone() for p in policy_parameters(run)] if max_step_kl else []
     step_kl = 0.0 # not measured where it has no bound
@@ -367,9 +368,9 @@ def policy_step(run):
 
 def bound_step(run, before, pieces, old_logprobs):
     """
-    Measure how far the policy has moved from the one that sampled, whose weights were `before`, and
-    go back part of the way where that is more than max_step_kl. Returns the KL before that, in nats a
-    response.
+    Measure how far the policy has moved from the one before this batch, whose weights were `before`,
+    and go back part of the way where that is more than max_step_kl. Returns the KL before going back,
+    in nats a response.
 
     For small steps it is half the square of the log-ratio, summed over the tokens, and grows with the
     square of the step. A token that became impossible would count for all others: its square is
@@ -469,8 +470,9 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
         copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
     model, step = run.rollout_model, run.step
-    if stream == STAGE1: # which may have to be repeated when a run is resumed
-        model, step = run.reference, run.step if run.step - warmup_steps >= reused_steps() else warmup_steps
+    if stream == STAGE1: # which is repeated when a run is resumed while steps regress on it
+        model = run.base if fresh_prompts else run.reference
+        step = warmup_steps if run.step - warmup_steps < reused_steps() else run.step
     with contextlib.suppress(Stopped), on_device(model):
         if problems: # there may be more ranks than held-out problems
             result = function(
@@ -574,7 +576,8 @@ def shard_blocks(model):
     options = dict(
         mesh=dist.init_device_mesh(torch.device(device).type, (world_size,)),
         mp_policy=MixedPrecisionPolicy(getattr(torch, dtype), torch.float32),
-        offload_policy=CPUOffloadPolicy(device != 'cpu') if cpu_offload else OffloadPolicy())
+        offload_policy=CPUOffloadPolicy(device != 'cpu') if cpu_offload else OffloadPolicy(),
+        reshard_after_forward=True) # bound_step scores, and no backward pass follows
     for part in (*model.blocks, model):
         fully_shard(part, **options)
 
@@ -801,7 +804,7 @@ def configure(argv):
         fits |= GPU
     if checkpoint:
         fits |= (PRETRAINED if 'folder' in checkpoint else {}) | dict(warmup_steps=0)
-        fits |= {setting: stored[setting] for setting in parameters(kind) if setting in stored}
+        fits |= {setting: stored[setting] for setting in [*parameters(kind), 'fold'] if setting in stored}
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
         fits = stored
@@ -889,7 +892,7 @@ def check_settings(settings, checkpoint):
     unused = ['num_train_samples'] * (group > 1) + ['warmup_batch_size'] * (settings['warmup_steps'] == 0)
     for name, unit in units.items():
         if settings[name] % unit and name not in unused:
-            fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, with GRPO x responses per prompt)")
+            fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, x responses per prompt in a group)")
 
 
 def read_cluster():
@@ -965,10 +968,20 @@ def find_algorithm(name):
         return ALGORITHMS.get(name)
     if not name.endswith('.py'):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
-    with one_line(f'--algorithm={name}', Exception):
+    with one_line(f'--algorithm={name}'):
         parts = runpy.run_path(os.path.expanduser(name), run_name='algorithm_file')
-        return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
-                         parts.get('grouped', False), parts.get('per_token', False))
+        found = Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
+                          parts.get('grouped', False), parts.get('per_token', False))
+        # Tried on something small, so that a mistake shows before the warm-up.
+        rewards, logprobs = torch.eye(2) if found.grouped else torch.ones(4, 1), -torch.ones(4, 3)
+        advantages = found.advantages(rewards)
+        if advantages.shape != rewards.shape:
+            raise ValueError(f'its advantages have the shape {[*advantages.shape]} for rewards of {[*rewards.shape]}')
+        rows = len(advantages.flatten())
+        loss = found.loss(logprobs[:rows], logprobs[:rows], advantages.flatten(), torch.ones(rows, 3, dtype=torch.bool))
+        if loss.dim():
+            raise ValueError(f'its loss has the shape {[*loss.shape]}, and should be one number')
+        return found
 
 
 def open_pretrained(name, folder):
@@ -1053,6 +1066,8 @@ def restore(run, checkpoint):
     if not warm and warmup_steps + max_steps < checkpoint['step']:
         fail(f"--max_steps={max_steps} comes too late: this run has taken {checkpoint['step'] - warmup_steps} steps")
     for name in PLAIN:
+        if name not in checkpoint:
+            fail(f"{out_dir} was saved by another version of this program, without '{name}': use that, or start anew")
         setattr(run, name, checkpoint[name])
     if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
@@ -1132,14 +1147,15 @@ def report(run, phase, metrics, every=1):
     record(run, LOGS[0], dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
     first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
     seconds = sum(value for name, value in metrics.items() if name.startswith('seconds_'))
-    run.pace = 0.9 * run.pace + 0.1 * seconds if run.pace and run.step > first + 1 else seconds
+    new = run.step - first in (1, reused_steps() + 1) # steps of another kind
+    run.pace = seconds if new or not run.pace else 0.9 * run.pace + 0.1 * seconds
     if (run.step - first) % every == 0 or run.step in (first + 1, last):
         shown = dict(loss=3) if phase == 'warm-up' else dict(reward=3, accuracy=3, kl=2, length=0, truncated=2)
         print0(f"{phase} {run.step - first}/{last - first}",
                *[f'{name} {metrics[name]:.{digits}f}' for name, digits in shown.items()],
                f"{metrics['tokens'] / max(seconds, 1e-3):,.0f} tokens/s  {run.seconds / 60:.1f} min, "
                f"{run.pace * (last - run.step) / 60:.1f} min left", sep='  ')
-    if phase not in ('warm-up', 'stage 1'): # whose responses are the reference's
+    if phase not in ('warm-up', 'reuse'): # whose responses are not the policy's
         hint(run, metrics)
 
 
@@ -1154,8 +1170,8 @@ def hint(run, metrics):
             steps >= 5 and not any(run.rewards),
         f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
             metrics['truncated'] > 0.5,
-        f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: lower "
-        f"--max_step_kl={max_step_kl} or --learning_rate={learning_rate}; the best checkpoint is kept":
+        f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: give "
+        f"--max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept":
             steps >= 10 and of_ten[-1] < max(of_ten) - 0.05 or metrics['base_kl'] > 5,
         f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}":
             steps >= 50 and now < min(0.9, start + 0.02)}
@@ -1225,6 +1241,8 @@ def finish(run):
     except Exception as error:
         message = ' '.join(str(error).split())[:120]
         print0(f"no curves.png: {message} (where matplotlib is missing: pip install matplotlib)")
+    if run.best[0] > result['accuracy'] + 0.03:
+        print0(f"the best evaluation was {run.best[0]:.3f}: checkpoint_step_{run.best[1]}.pt is kept")
     print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py "
            f"--checkpoint={shlex.quote(out_dir)}{files_of_code('task')}")

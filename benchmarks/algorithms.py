@@ -3,18 +3,21 @@ A*PO against the algorithms it is compared with, from the same warmed-up base an
 responses.
 
     python benchmarks/algorithms.py                            # all of them: about nine hours on two cores
-    python benchmarks/algorithms.py --mine=benchmarks/my_loss.py --only=mine,GRPO     # a loss of one's own
+    python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
 
 Each algorithm takes the best of three learning rates, chosen on another fold of the problems with two
-seeds; then fresh seeds at that rate are evaluated on the held-out problems, which chose nothing. Every
-run is one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/,
-one small file a run: a run that is there is not taken again, so the command can be stopped and
-repeated, and on a fresh checkout it prints the committed figures.
+seeds; then fresh seeds at that rate are evaluated on the held-out problems, which chose nothing. (The
+warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) Every run is
+one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
+small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
+prints what is committed. Delete these files when train.py's defaults have changed.
 """
 import argparse
+import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -43,10 +46,11 @@ TWICE = ('A*PO', 'GRPO', 'rejection sampling') # which are also given twice the 
 MANY = { # several updates per batch: where the ratio is not 1
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('grpo', 'cispo', 'gspo')} | {
-    f'A*PO, {updates} updates': [f'--updates_per_batch={updates}'] for updates in (2, 4)}
+    f'A*PO, {updates} updates': [f'--updates_per_batch={updates}'] for updates in (2, 4)} | {
+    f'A*PO, {updates} updates, no bound': [*PLAIN, f'--updates_per_batch={updates}'] for updates in (2, 4)}
 ABLATIONS = {' '.join(settings).replace('--', '') or 'default': settings for settings in (
     [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--reuse_stage1=False'],
-    ['--max_step_kl=0'], ['--max_step_kl=0.005'], ['--max_step_kl=0.1'], ['--grad_clip=500'],
+    ['--max_step_kl=0'], ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'],
     ['--num_train_samples=16'], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-4'],
     ['--beta2=1e-2'], ['--fresh_prompts=False'], ['--ref_update_interval=20'])}
 
@@ -55,7 +59,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--table', default='algorithms', choices=['algorithms', 'many_updates', 'ablations'])
     parser.add_argument('--seeds', type=int, default=8, help='fresh seeds of each algorithm')
-    parser.add_argument('--only', default='', help='names of rows, with commas between them')
+    parser.add_argument('--only', default='', help='names of rows, with semicolons between them')
     parser.add_argument('--mine', default='', help='a file with a loss: see benchmarks/my_loss.py')
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side, one thread each')
     parser.add_argument('--dry_run', action='store_true')
@@ -64,7 +68,10 @@ def main():
     if args.mine:
         rows = rows | {'mine': [*PLAIN, f'--algorithm={args.mine}']}
     if args.only:
-        rows = {name: rows[name] for name in args.only.split(',')}
+        unknown = [name for name in args.only.split(';') if name not in rows]
+        if unknown:
+            parser.error(f"no row is called {unknown[0]!r}: there are {'; '.join(rows)}")
+        rows = {name: rows[name] for name in args.only.split(';')}
 
     budget = 7168
     if args.table == 'ablations': # at the default's rate, on the fold that chooses
@@ -86,7 +93,7 @@ def main():
             runs[f'{name}, 14,336 responses'] = [
                 plan(name, rows[name], seed, 2 * budget, rates[name]) for seed in range(11, 11 + min(4, args.seeds))]
     take_all(sum(runs.values(), []), args)
-    print_table(runs, baseline='GRPO')
+    print_table(runs, baseline='GRPO' if args.table == 'algorithms' else 'grpo, 2 updates')
     plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
 
 
@@ -107,6 +114,8 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
         words += [f'--max_steps={steps}', '--eval_interval=8'] + ([f'--learning_rate={rate}'] if rate else [])
     label = '_'.join([name, rate or 'default', str(budget), f'fold{fold}', f'seed{seed}'])
     label = label.replace(' ', '-').replace('*', '').replace(',', '')
+    files = [word.partition('=')[2] for word in settings if word.endswith('.py')] # a loss of one's own
+    label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
     folder = os.path.join('out', 'algorithms', label)
     command = [sys.executable, os.path.join(top, 'train.py'), f'--init_from={top}/assets/countdown_base.pt',
                f'--out_dir={folder}', '--num_eval_samples=4000', *words]
@@ -126,7 +135,7 @@ def take_all(plans, args):
 
 
 def take(path, folder, command, budget):
-    """Take one run, or go on with it, and write its record."""
+    """Take one run, from its start, and write its record."""
     if os.path.exists(folder): # a run that was stopped
         subprocess.run(['rm', '-r', folder], check=True)
     process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
@@ -135,7 +144,7 @@ def take(path, folder, command, budget):
     with open(os.path.join(folder, 'results_summary.json')) as file:
         summary = json.load(file)
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-    steps = [row for row in rows if 'kl' in row and row['phase'] != 'stage 1']
+    steps = [row for row in rows if 'kl' in row and row['phase'] != 'reuse']
     record = dict(
         folder=folder, command=' '.join(command[1:]).replace(top + '/', ''), responses=budget,
         accuracy=summary['accuracy'], interval=summary['interval_95'], by_difficulty=summary['accuracy_by_difficulty'],
@@ -151,15 +160,16 @@ def take(path, folder, command, budget):
 
 
 def evaluations_of(rows, steps, budget):
-    """Return [responses, minutes, accuracy, KL] of each evaluation; KL is that of the steps around."""
+    """Return [responses, minutes, accuracy, KL] of each evaluation. KL is that of the steps around, None
+    where these have no responses of the policy."""
     found, last = [], rows[-1]['step']
-    reused = STAGE1 if any(row['phase'] == 'stage 1' for row in rows) else 0
+    reused = BATCH * sum(row['phase'] == 'reuse' for row in rows) # sampled before the first step
     for row in rows:
         if row['phase'] == 'evaluation':
             near = [step['base_kl'] for step in steps if abs(step['step'] - row['step'] - 0.5) < 2]
             sampled = max(reused, budget - BATCH * (last - row['step'])) if row['step'] else 0
             found.append([sampled, round(row['seconds'] / 60, 2), row['accuracy'],
-                          round(float(np.mean(near)), 3) if near and row['step'] else 0.0])
+                          (round(float(np.mean(near)), 3) if near else None) if row['step'] else 0.0])
     return found
 
 
@@ -200,17 +210,30 @@ def reached(record, level, column):
 
 def accuracy_at_kl(record, kl=1.0):
     """Interpolate between the evaluations; None for a run that never was as far."""
-    points = sorted((x[3], x[2]) for x in record['evaluations'])
+    points = sorted((x[3], x[2]) for x in record['evaluations'] if x[3] is not None)
     return float(np.interp(kl, *zip(*points))) if points[-1][0] >= kl else None
 
 
 def median(values):
-    values = [value for value in values if value is not None]
-    return float(np.median(values)) if values else None
+    """Return the median, where a run without a value counts as infinity; None for that."""
+    middle = float(np.median([math.inf if value is None else value for value in values]))
+    return middle if middle < math.inf else None
+
+
+def at_kl(found):
+    """Return the mean accuracy at KL 1, and of how many runs, as text."""
+    values = [value for value in map(accuracy_at_kl, found) if value is not None]
+    return f'{np.mean(values):.1%} ({len(values)})' if values else '–'
+
+
+def worst_fall(record):
+    """Return how far an evaluation on the way fell below an earlier one; all are of the same problems."""
+    accuracy = [point[2] for point in record['evaluations'][1:-1]]
+    return max([0.0, *(before - after for i, after in enumerate(accuracy) for before in accuracy[:i])])
 
 
 def shown(value, form):
-    return '' if value is None else format(value, form)
+    return '–' if value is None else format(value, form)
 
 
 def print_rates(trials, rows):
@@ -224,20 +247,21 @@ def print_table(runs, baseline):
     print('\n| | seeds | accuracy: interquartile mean | each seed | better than '
           f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% | to 90% '
           '| minutes | fell by 3 points | steps clipped |\n|' + '---|' * 15)
-    against = [record['accuracy'] for record in records(runs.get(baseline, []))]
     for name, plans in runs.items():
         found = records(plans)
         if not found:
             continue
         accuracy = np.array([record['accuracy'] for record in found])
         low, high = bootstrap(accuracy)
+        like = f'{baseline}, 14,336 responses' if '14,336' in name else baseline # with as many responses
+        against = [record['accuracy'] for record in records(runs.get(like, []))]
         wins = [float(a > b) + 0.5 * float(a == b) for a in accuracy for b in against]
-        fell = [max(x[2] for x in record['evaluations']) - record['evaluations'][-1][2] > 0.03 for record in found]
+        fell = [worst_fall(record) > 0.03 for record in found]
         print(f"| {name} | {len(found)} | {interquartile_mean(accuracy):.1%} [{100 * low:.1f}, {100 * high:.1f}] "
               f"| {', '.join(f'{100 * a:.1f}' for a in accuracy)} | {shown(np.mean(wins) if wins else None, '.2f')} "
               f"| {shown(median(r['kl'] for r in found), '.2f')} "
               f"| {shown(median(r['greatest_kl'] for r in found), '.1f')} "
-              f"| {shown(median(map(accuracy_at_kl, found)), '.1%')} "
+              f"| {at_kl(found)} "
               + ''.join(f"| {shown(median(reached(r, level, column) for r in found), form)} "
                         for column, form in ((0, ',.0f'), (1, '.1f')) for level in (0.85, 0.90))
               + f"| {np.mean([r['minutes'] for r in found]):.1f} | {np.mean(fell):.0%} "
@@ -252,7 +276,7 @@ def plot(runs, path):
     drawn = [name for name, plans in runs.items() if records(plans) and '14,336' not in name]
     for name, color in zip(drawn, (COLORS + ['black', 'grey']) * len(drawn)):
         for i, record in enumerate(records(runs[name])):
-            points = np.array(record['evaluations'])
+            points = np.array([point for point in record['evaluations'] if point[3] is not None])
             axes[0].plot(points[:, 0], points[:, 2], color=color, lw=0.7, alpha=0.7, label=name if i == 0 else None)
             axes[1].plot(np.sqrt(points[:, 3].clip(0)), points[:, 2], color=color, lw=0.7, alpha=0.7)
     axes[0].set(xlabel='responses, those of stage 1 included', ylabel='held-out accuracy')

@@ -67,12 +67,13 @@ def measured(name, folder):
     with open(os.path.join(folder, 'results_summary.json')) as file:
         summary = json.load(file)
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-    steps = [row for row in rows if 'kl' in row and row['phase'] != 'stage 1']
+    steps = [row for row in rows if 'kl' in row and row['phase'] != 'reuse']
     first = summary['settings']['warmup_steps']
     accuracy = [row['accuracy'] for row in rows if row['phase'] == 'evaluation' and row['step'] >= first]
     rewards = np.convolve([row['reward'] for row in steps], np.full(10, 0.1), 'valid')
-    fall, reward_fall = (max(before - after for i, after in enumerate(x) for before in x[:i + 1])
-                         for x in (accuracy, rewards))
+    # Evaluations on the way are of the same eighth of the problems.
+    fall, reward_fall = (max([0.0, *(before - after for i, after in enumerate(x) for before in x[:i])])
+                         for x in (accuracy[1:-1], rewards))
     kl = max(row['base_kl'] for row in steps)
     steady = accuracy[-1] >= accuracy[0] and fall <= 0.03 and kl < 5 and reward_fall <= 0.05
     return (f"| {name} | {accuracy[0]:.1%}, {accuracy[-1]:.1%} | {100 * fall:.1f} points | {kl:.1f} "
