@@ -64,13 +64,13 @@ n_heads = 4 # attention heads
 n_kv_heads = 2 # heads of keys and values, shared by groups of attention heads: one samples faster, four learn faster
 d_ff = 384 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
-warmup_steps = 7000 # optimizer steps
+warmup_steps = 6000 # optimizer steps
 warmup_batch_size = 16 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
 warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
-max_steps = 56 # steps after the warm-up, each on a batch of responses
+max_steps = 96 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
