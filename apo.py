@@ -12,29 +12,35 @@ and everything in it but V* is at hand. So A*PO estimates V* from the reference,
 
 A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known before training starts.
 
-Left out on purpose: importance ratios and clipping (responses come from the current policy, or nearly), normalised
-advantages (r - V* is the target itself, its scale means something), a KL penalty (it is inside the square), a critic
-at every token.
+Left out on purpose: importance ratios and clipping (responses come from the current policy, or
+nearly), normalised advantages (r - V* is the target itself, its scale means something), a KL
+penalty (it is inside the square), a critic at every token.
 
-Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They differ, so the loss does
-not go to 0, and is no measure of progress. On samples of the current policy the gradient of the square is that of
-REINFORCE on r - beta2 log(pi / pi_ref) with V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
+Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They
+differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
+policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as
+the baseline, whatever V* is: a poor V* costs variance, not bias.
 
-Where train.py differs from the paper (RESULTS.md has what each bought; the paper is `--centre=False
---reuse_stage1=False --max_step_kl=0 --fresh_prompts=False --grad_clip=500`, whose clip never acts, as in its code):
-  - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at every step.
-  - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to 0.2 above the mean
-    reward: without the shift the average response is pushed away, and AdamW turns that into steps. On samples of the
-    current policy the shift leaves the optimum where it is (to be exact, at that of beta2 B / (B - 1), since a
-    response's own reward is in the mean of the B). It does change the closed form that a fit to fixed samples
-    would reach: pi_ref exp((r - V* - shift) / beta) does not sum to 1. There V* at the mean is the safe side; above it
-    the policy loses more than it learns (arXiv 2506.20520). A prompt that is never solved, V* = 0, has r - V* = 0 in
-    the paper and teaches nothing. Here its failures are pushed up a little, and so is all that is easy, V* = 1.
-  - The responses of stage 1 serve the first steps, each once, with V* from the other responses to the prompt: with
-    its own reward in V* a response would count for less than it should. They are a few steps old when they are used.
-  - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to the reference over many
-    steps, it does not bound one. A step of the same learning rate moves a base that is unsure of its sums ten to a
-    hundred times further than one that is sure.
+Where train.py differs from the paper (RESULTS.md has what each bought; the paper is
+`--centre=False --reuse_stage1=False --max_step_kl=0 --fresh_prompts=False --grad_clip=500`, whose
+clip never acts, as in its code):
+  - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
+    every step.
+  - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to
+    0.2 above the mean reward: without the shift the average response is pushed away, and AdamW
+    turns that into steps. On samples of the current policy the shift leaves the optimum where it
+    is (to be exact, at that of beta2 B / (B - 1), since a response's own reward is in the mean of
+    the B). It does change the closed form that a fit to fixed samples would reach: pi_ref exp((r
+    - V* - shift) / beta) does not sum to 1. There V* at the mean is the safe side; above it the
+    policy loses more than it learns (arXiv 2506.20520). A prompt that is never solved, V* = 0,
+    has r - V* = 0 in the paper and teaches nothing. Here its failures are pushed up a little, and
+    so is all that is easy, V* = 1.
+  - The responses of stage 1 serve the first steps, each once, with V* from the other responses to
+    the prompt: with its own reward in V* a response would count for less than it should. They are
+    a few steps old when they are used.
+  - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
+    the reference over many steps, it does not bound one. A step of the same learning rate moves a
+    base that is unsure of its sums ten to a hundred times further than one that is sure.
 """
 from typing import Callable, NamedTuple
 

@@ -326,9 +326,7 @@ def policy_step(run):
     batch.seconds['reference'] = time.monotonic() - started
 
     if run.other: # another algorithm has its advantages in the place of r - V*
-        whole_batch = torch.tensor(gather_lists(rewards.tolist()), device=device)
-        advantages = run.other.advantages(whole_batch.view(-1, responses_per_prompt(run.other))).flatten()
-        advantages, values = advantages[list(share(batch_size))], torch.zeros_like(rewards) # (B,)
+        advantages, values = other_advantages(run, rewards), torch.zeros_like(rewards) # (B,)
     else:
         values = predicted_values(run, batch) if stored_values is None else stored_values # V*, (B,)
     shift = all_reduce((rewards - values).mean()) / world_size if centre else 0.0
@@ -364,6 +362,13 @@ def policy_step(run):
     return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values),
                 grad_norm=grad_norm, step_kl=step_kl, tokens=int(total_tokens),
                 **{f'seconds_{part}': round(batch.seconds[part], 3) for part in PARTS})
+
+
+def other_advantages(run, rewards):
+    """Return this rank's advantages of another algorithm, which sees the rewards of all ranks, (B,)."""
+    everyones = torch.tensor(gather_lists(rewards.tolist()), device=device)
+    advantages = run.other.advantages(everyones.view(-1, responses_per_prompt(run.other)))
+    return advantages.flatten()[list(share(batch_size))]
 
 
 def bound_step(run, before, pieces, old_logprobs):
