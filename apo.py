@@ -16,14 +16,14 @@ Left out on purpose: importance ratios and clipping (responses come from the cur
 nearly), normalised advantages (r - V* is the target itself, its scale means something), a KL
 penalty (it is inside the square), a critic at every token.
 
-Kept from the paper, and surprising: beta1 = 0.5 for V* and beta2 = 0.001 for the policy. They
-differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
+Kept from the paper, and surprising: beta1 = 0.5 for V* and a much smaller beta2 for the policy.
+They differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
 policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as
 the baseline, whatever V* is: a poor V* costs variance, not bias.
 
 Where train.py differs from the paper (RESULTS.md has what each bought; the paper is
-`--centre=False --reuse_stage1=False --max_step_kl=0 --fresh_prompts=False --grad_clip=500`, whose
-clip never acts, as in its code):
+`--centre=False --reuse_stage1=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False
+--grad_clip=500`, whose clip never acts, as in its code):
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
     every step.
   - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to
@@ -38,6 +38,9 @@ clip never acts, as in its code):
   - The responses of stage 1 serve the first steps, each once, with V* from the other responses to
     the prompt: with its own reward in V* a response would count for less than it should. They are
     a few steps old when they are used.
+  - beta2 is 0.01, not 0.001. A response that loops to the limit lies 100 nats or more from the
+    reference: that now costs as much as a wrong answer, where it costs an ordinary response, a nat
+    or two away, next to nothing.
   - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
     the reference over many steps, it does not bound one. A step of the same learning rate moves a
     base that is unsure of its sums ten to a hundred times further than one that is sure.

@@ -76,7 +76,7 @@ updates_per_batch = 1 # optimizer steps on each batch; from the second one on GR
 learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
-beta2 = 1e-3 # strength of the pull to the reference (apo.py, formula 2)
+beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
 reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
 max_step_kl = 0.005 # a batch moves the policy by at most so much, in nats a response; 0: no bound
@@ -114,7 +114,7 @@ GPU = dict(
     **SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
     num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072)
 PRETRAINED = dict(
-    max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, eval_interval=25,
+    max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, beta2=1e-3, eval_interval=25,
     num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')

@@ -36,7 +36,8 @@ PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do n
 # Each row: settings, and whether it has a stage 1.
 ALGORITHMS = {
     'A*PO': [],
-    'A*PO as published': [*PLAIN, '--centre=False', '--reuse_stage1=False', '--fresh_prompts=False', '--grad_clip=500'],
+    'A*PO as published': [*PLAIN, '--centre=False', '--reuse_stage1=False', '--fresh_prompts=False', '--grad_clip=500',
+                          '--beta2=1e-3'],
     'GRPO': [*PLAIN, '--algorithm=grpo'],
     'RLOO': [*PLAIN, '--algorithm=rloo'],
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
@@ -51,8 +52,8 @@ MANY = { # several updates per batch: where the ratio is not 1
 ABLATIONS = {' '.join(settings).replace('--', '') or 'default': settings for settings in (
     [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--reuse_stage1=False'],
     ['--max_step_kl=0'], ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'],
-    ['--num_train_samples=16'], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-4'],
-    ['--beta2=1e-2'], ['--fresh_prompts=False'], ['--ref_update_interval=20'])}
+    ['--num_train_samples=16'], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-3'],
+    ['--beta2=1e-1'], ['--fresh_prompts=False'], ['--ref_update_interval=20'])}
 
 
 def main():
