@@ -322,7 +322,7 @@ def make_task(name, settings):
     with one_line(f'--task={name}', ValueError, OSError):
         kind = find_task(name)
         made = kind(**{k: settings[k] for k in inspect.signature(kind).parameters if k in settings})
-        made.fold = settings.get('fold', 0) # of a checkpoint that was made by hand
+        made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it
         return made
 
 

@@ -19,6 +19,7 @@ import hashlib
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -102,7 +103,7 @@ def main():
 # Runs
 
 def plan(name, settings, seed, budget, rate=None, fold=0):
-    """Return (record, command) of one run: the file it leaves, and what starts it."""
+    """Return (record, folder, command, budget) of one run: record is the file that it leaves."""
     words = [f'--seed={seed}', f'--fold={fold}', *settings]
     steps = budget // BATCH
     if '--max_steps=0' in settings: # imitation: as many demonstrations, 16 a step; rates of the warm-up
@@ -138,7 +139,7 @@ def take_all(plans, args):
 def take(path, folder, command, budget):
     """Take one run, from its start, and write its record."""
     if os.path.exists(folder): # a run that was stopped
-        subprocess.run(['rm', '-r', folder], check=True)
+        shutil.rmtree(folder)
     process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     if process.returncode:
         sys.exit(f"train.py stopped, see above: {' '.join(command)}")
