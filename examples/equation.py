@@ -5,7 +5,7 @@ Its answer is a whole number, so it has a `solution`, and the class Task grades 
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, Task, in_words, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, Task, typed
 
 
 class Equation(Task):
@@ -32,7 +32,7 @@ class Equation(Task):
         return problem + THINK
 
     def question(self, problem):
-        return in_words(f'Which whole number x solves {problem}?', 'the number', '1009')
+        return f'Which whole number x solves {problem}?'
 
     def parse(self, text):
         """Read '3*x+7=22' or '3x + 7 = 22'. Raises ValueError."""

@@ -5,7 +5,7 @@ It is one where the answer is not a number and many answers are right, so it has
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WHITE, Grade, Task, extract_answer, in_words, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WHITE, Grade, Task, extract_answer, typed
 
 
 class Grid(Task):
@@ -33,8 +33,8 @@ class Grid(Task):
         return problem + THINK
 
     def question(self, problem):
-        return in_words(f'Walk from S to G, not through #, on the grid {problem}, whose rows are separated by /. U is '
-                        'up, D down, L left, R right.', 'the steps', 'UURDDL') # the example ends where it began
+        return (f'By which steps, of U for up, D for down, L for left and R for right, do I walk from S to G, not '
+                f'through #, on the grid {problem}, whose rows are separated by /?')
 
     def parse(self, text):
         one_of_each = '(?=[^S]*S[^S]*$)(?=[^G]*G[^G]*$)' # looks ahead, takes nothing

@@ -21,7 +21,7 @@ import subprocess
 import sys
 import threading
 
-from tasks import ANSWER, END_ANSWER, END_THINK, WRONG, Grade, Task, extract_answer, in_words
+from tasks import ANSWER, END_ANSWER, END_THINK, WRONG, Grade, Task, extract_answer
 
 NONSENSE = ['...', 'nan'] # the example in the question, and what slips through comparisons
 # What a fork may use. CPU_SECONDS stop a scorer that computes for long, however busy the machine is. WALL_SECONDS are
@@ -71,7 +71,7 @@ class ReasoningGym(Task):
                          "nonsense, or these or the questions are too long")
 
     def question(self, problem):
-        return in_words(problem['question'], 'the answer', '...')
+        return problem['question']
 
     def parse(self, text):
         raise ValueError("the problems of reasoning-gym cannot be typed: sample.py without --prompt draws some")

@@ -6,7 +6,7 @@ canonical (for problems that are texts) and difficulty.
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task, extract_answer, in_words, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task, extract_answer, typed
 
 
 class Sorting(Task):
@@ -37,7 +37,7 @@ class Sorting(Task):
     def question(self, problem):
         """Ask the same in words. Only pretrained weights (--init_from) are asked so."""
         numbers = ' '.join(map(str, problem))
-        return in_words(f'Sort the numbers {numbers}, the smallest first.', 'the numbers', '1 2 2 9')
+        return f'Sort the numbers {numbers}, the smallest first.'
 
     def parse(self, text):
         """Read what a person types to sample.py. Raises ValueError on all that `grade` could not handle."""
