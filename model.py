@@ -38,7 +38,7 @@ class ModelConfig:
     norm_eps: float = 1e-6
     tie_embeddings: bool = True # output weights = token embedding
     qkv_bias: bool = False # Qwen2.5
-    qk_norm: bool = False # Qwen3; our own models have it, because they learn a search in two thirds of the steps
+    qk_norm: bool = False # Qwen3, and our own models, because they learn faster with it
 
     def __post_init__(self):
         if not self.head_dim and self.d_model % self.n_heads:
@@ -101,8 +101,8 @@ class Prefix:
         self.layers, self.length = {}, 0
 
     def append(self, layer, k, v):
-        """Take k, v (1, n_kv_heads, T, head_dim) as the prefix, or return the prefix and k, v (B, ...)
-        behind it."""
+        """Take k, v (1, n_kv_heads, T, head_dim) as the prefix, or return the prefix and k, v
+        (B, ...) behind it."""
         if self.length == 0:
             self.layers[layer] = k, v
             return k, v
@@ -111,8 +111,8 @@ class Prefix:
 
 
 def shared_length(tokens):
-    """Return how many tokens all rows (B, T) begin with, or 0 where it does not pay to compute these
-    apart."""
+    """Return how many tokens all rows (B, T) begin with, or 0 where it does not pay to compute
+    these apart."""
     same = (tokens == tokens[:1]).all(0) # (T,)
     length = min(int(same.cumprod(0).sum()), tokens.size(1) - 1)
     return length if len(tokens) > 1 and length >= 32 else 0
@@ -133,7 +133,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2) # (B, n_heads + 2 n_kv_heads, T, head_dim)
         *qk_heads, v_heads = self.heads
-        qk, v = qkv.split([sum(qk_heads), v_heads], dim=1) # q and k are turned, and normalised, in one go
+        qk, v = qkv.split([sum(qk_heads), v_heads], dim=1) # q and k are treated in one go
         if hasattr(self, 'q_norm'):
             norms = zip((self.q_norm, self.k_norm), qk_heads)
             scale = torch.cat([norm.weight.expand(count, 1, -1) for norm, count in norms]) # (heads, 1, head_dim)
@@ -149,7 +149,7 @@ class Attention(nn.Module):
             y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
                 (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
         else:
-            # Behind tokens that are in the cache, each sees all of these, and what comes before itself.
+            # Behind tokens in the cache each sees all of these, and of its own what comes before it.
             past = k.size(2) - T
             seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
             y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=not past, enable_gqa=q.size(1) != k.size(1))
@@ -298,17 +298,16 @@ class Transformer(nn.Module):
 
 @torch.no_grad()
 def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform=None, watch=None):
-    """
-    Sample one response for each prompt.
+    """Sample one response for each prompt.
 
     prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is
     greedy. ends: the tokens that end a response; the first one also pads. uniform (B,
-    max_new_tokens) in [0, 1): the noise, one number for each token, fresh when not given; what a row
-    samples does not depend on the other rows. watch is called after each step with the tokens so far.
+    max_new_tokens) in [0, 1): the noise, one number for each token, fresh when not given; what a
+    row samples does not depend on the others. watch is called after each step with the tokens.
 
     Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
-    sampled positions up to and including the first end. A row without an end under its mask ran into
-    max_new_tokens. Raises ValueError when prompt and max_new_tokens exceed max_seq_len.
+    sampled positions up to and including the first end. A row without an end under its mask ran
+    into max_new_tokens. Raises ValueError when prompt and max_new_tokens exceed max_seq_len.
 
     No row is padded on the left: all stand at the same position, and a row whose prompt is longer
     than the shortest has its own tokens forced until the prompt is used up. So the cache needs no

@@ -38,7 +38,7 @@ from tasks import (
 HERE = os.path.dirname(os.path.abspath(__file__))
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
-UNTRAINED = dict(eval_temperature=1.0, max_new_tokens=512, num_examples=1) # for a model that no run here has trained
+UNTRAINED = dict(eval_temperature=1.0, max_new_tokens=512, num_examples=1) # for pretrained weights
 INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
@@ -240,7 +240,8 @@ def summary_line(verdicts, n):
 
 
 def grade_held_out(models, options, path, count):
-    """Grade held-out problems; the numbers also go to sample_eval.json, beside a checkpoint of ours."""
+    """Grade held-out problems. The numbers also go to sample_eval.json, beside a checkpoint of
+    ours."""
     n = options['repeat']
     rows = evaluate(*models, held_out_problems(models[1], count), **options)
     result = summarize(rows)
@@ -256,7 +257,8 @@ def grade_held_out(models, options, path, count):
 
 
 def read_log(path):
-    """Return the rows of a JSON lines file, without lines that are damaged: a crash may have cut one."""
+    """Return the rows of a JSON lines file, without lines that are damaged: a crash may have cut
+    one."""
     rows = []
     with open(path, errors='replace') as file:
         for line in file:
@@ -326,7 +328,7 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
 
 
 def weights_of(checkpoint, model):
-    """Return pairs of each parameter and its whole value: pretrained, or of a checkpoint of ours."""
+    """Return pairs of each parameter and its whole value, pretrained or of a checkpoint of ours."""
     if 'folder' in checkpoint:
         return load_pretrained(model, checkpoint['folder'])
     return ((p, checkpoint['model'][name]) for name, p in model.named_parameters())
@@ -354,7 +356,8 @@ def make_tokenizer(state, task, name, num_examples):
 
 def open_model(start):
     """Return the checkpoint that a path names, a file or the folder of a run; or what is needed of
-    pretrained weights, in a folder or at Hugging Face: where they are, their config and tokenizer."""
+    pretrained weights, in a folder or at Hugging Face: where they are, their config and
+    tokenizer."""
     path = newest_model(glob.escape(start)) or start
     named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
     folder = path
@@ -402,8 +405,8 @@ def newest_model(folder):
 
 
 def pick_device(device, local_rank='0'):
-    """Return the device of that name, where 'auto' is the best one here, and of several GPUs that of
-    this rank. One line and exit when it cannot be used."""
+    """Return the device of that name, where 'auto' is the best one here, and of several GPUs that
+    of this rank. One line and exit when it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device == 'cuda':

@@ -69,8 +69,8 @@ class Tokenizer:
         return task.demonstration(problem, rng)
 
 
-# How a pretrained model is asked: what comes first, and each turn up to where the response begins. A
-# model whose turns end with <|im_end|> knows ChatML, as Qwen's chats; any other continues a transcript.
+# How a pretrained model is asked: what comes first, and each turn up to where the response begins.
+# One whose turns end with <|im_end|> knows ChatML, as Qwen's chats; others continue a transcript.
 SYSTEM = 'You first think about a question inside <think> </think>, and then give the answer inside <answer> </answer>.'
 FORMS = dict(
     base=(SYSTEM + '\n', 'Question: {}\nResponse: <think>'),
@@ -130,10 +130,10 @@ class PretrainedTokenizer:
         """Return what the model is asked: the task's question in words, in a chat or a transcript,
         behind examples of other problems."""
         examples = task.examples(self.num_examples + 1)
-        others = [(other, response) for other, response in examples if task.canonical(other) != task.canonical(problem)]
+        asked = task.canonical(problem)
         turns = [self.turn.format(task.question(other)) + response + self.end + '\n'
-                 for other, response in others[:self.num_examples]]
-        return ''.join([self.start, *turns, self.turn.format(task.question(problem))])
+                 for other, response in examples if task.canonical(other) != asked]
+        return ''.join([self.start, *turns[:self.num_examples], self.turn.format(task.question(problem))])
 
     def demonstration(self, task, problem, rng):
         """Return what the warm-up imitates: the usual way to write, which the model knows."""
@@ -210,12 +210,13 @@ class Task:
         return [(self.draw(rng), rng) for rng in rngs]
 
     def worked_example(self, problem, rng):
-        """Write a response the usual way, for pretrained models: for their prompts, and for their warm-up."""
+        """Write a response the usual way, for pretrained models: their prompts and their
+        warm-up."""
         return self.demonstration(problem, rng)
 
     @functools.lru_cache(maxsize=1)
     def examples(self, count):
-        """Return up to `count` training problems, each with a right response as a person would write it."""
+        """Return up to `count` training problems, each with a right response the usual way."""
         if not hasattr(self, 'demonstration'):
             return []
         drawn = self.training_problems((2025,), range(2 * count))
@@ -357,8 +358,8 @@ class Countdown(Task):
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
 
     def worked_example(self, problem, rng):
-        """Write two random tries and a solution, where the search finds one, a line each: `14 - 2 = 12,
-        12 * 7 = 84, 84 + 13 = 97`. The last one is the answer."""
+        """Write two random tries and a solution, where the search finds one, a line each: `14 - 2
+        = 12, 12 * 7 = 84, 84 + 13 = 97`. The last one is the answer."""
         tries = []
         for _ in range(2):
             pool = [Term(n, str(n), ()) for n in problem.numbers]
@@ -516,12 +517,15 @@ class Multiplication(Task):
         return problem.a * problem.b
 
     def worked_example(self, problem, rng):
-        """Write the products with the digits of b and their sum, `23 × 30 + 23 × 6 = 690 + 138 = 828`."""
+        """Write the products with the digits of b and their sum: `23 × 36 = 23 × 30 + 23 × 6 = 690
+        + 138 = 828`."""
         a, b = problem
-        parts = [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(b))) if digit != '0'][::-1]
+        parts = [int(digit) * 10 ** place for place, digit in enumerate(str(b)[::-1]) if digit != '0']
+        parts.reverse()
         steps = [f'{a} × {b}']
         if len(parts) > 1:
-            steps += [' + '.join(f'{a} × {part}' for part in parts), ' + '.join(str(a * part) for part in parts)]
+            steps.append(' + '.join(f'{a} × {part}' for part in parts))
+            steps.append(' + '.join(str(a * part) for part in parts))
         return ' = '.join([*steps, str(a * b)]) + f'{END_THINK}{ANSWER}{a * b}{END_ANSWER}'
 
     def demonstration(self, problem, rng):

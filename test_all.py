@@ -46,8 +46,8 @@ torch.set_num_threads(1) # as in the processes below, so that results are the sa
 ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': HERE}
 # A model that learns 5 x 5 well enough in a second or two to earn rewards.
 TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--n_kv_heads=2',
-        '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32', '--num_train_samples=32',
-        '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4', '--device=cpu',
+        '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32',
+        '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4', '--device=cpu',
         '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
 SMALL = ['grid', 'equation', 'sorting'] # of examples/
 
@@ -1728,7 +1728,7 @@ def test_metrics_also_go_to_a_tracker_and_a_resumed_run_keeps_its_id(main, tmp_p
     monkeypatch.setitem(sys.modules, 'wandb', fake)
     main(*arguments, f'--out_dir={tmp_path}/run')
     assert [step for step, _ in sent] == [1, 2, 3, 4, 4] and 'warm-up/loss' in sent[0][1]
-    assert sent[-1][1]['evaluation/count'] == 3 and opened[0]['config']['warmup_steps'] == 4
+    assert sent[-1][1]['evaluation/count'] == 6 and opened[0]['config']['warmup_steps'] == 4
     main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'run', 2, tmp_path / 'part')}")
     assert [options['id'] for options in opened] == [None, 'abc']
     monkeypatch.setitem(sys.modules, 'wandb', None)
@@ -2148,9 +2148,9 @@ def test_settings_that_fit_pretrained_weights_are_chosen_and_printed(tmp_path, c
     make_tokenizer(tmp_path / 'model')
     settings, checkpoint = train.configure([f'--init_from={tmp_path}/model', f'--out_dir={tmp_path}/new',
                                             '--max_target=50', '--value_learning_rate=0.01', '--device=cpu'])
-    assert [settings[name] for name in ('learning_rate', 'warmup_steps', 'max_new_tokens')] == [1e-6, 0, 1024]
+    assert [settings[name] for name in ('learning_rate', 'warmup_steps', 'max_new_tokens')] == [2e-5, 0, 64]
     assert [settings[name] for name in ('max_target', 'value_learning_rate', 'd_model')] == [50, 0.01, 64]
-    assert 'learning_rate=1e-06' in capsys.readouterr().out
+    assert 'learning_rate=2e-05' in capsys.readouterr().out
 
 
 @slow

@@ -108,8 +108,8 @@ CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker
 # overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03)
-# What fits a GPU; what fits pretrained weights: small steps, and pieces that leave room for the 150,000
-# logits of a token; and what of that fits a laptop, where a response takes a second.
+# What fits a GPU; pretrained weights: small steps, and pieces that leave room for the 150,000 logits
+# of a token; and such weights on a laptop, where a response takes a second.
 GPU = dict(
     **SIZES['50m'], warmup_steps=3000, warmup_batch_size=256, max_steps=400, batch_size=1024,
     num_train_samples=2048, eval_interval=100, micro_batch_tokens=131072)
@@ -117,7 +117,7 @@ PRETRAINED = dict(
     warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=1e-6,
     value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=512,
     max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
-LAPTOP = dict(
+LAPTOP = PRETRAINED | dict(
     max_steps=40, batch_size=32, learning_rate=2e-5, eval_interval=20, num_train_samples=32, num_responses_per_prompt=4,
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from')
@@ -297,16 +297,16 @@ def prompt_features(run, tokens, mask):
 
 
 def predicted_values(run, batch):
-    """Let the value head predict V* of each prompt, (B,), clamped to the range of rewards: above 1 it
-    would push even right answers away."""
+    """Let the value head predict V* of each prompt, (B,), clamped to the range of rewards: above 1
+    it would push even right answers away."""
     head = [unshard(p.detach()) for p in run.model.value_head.parameters()]
     return F.linear(prompt_features(run, batch.tokens, batch.mask), *head).squeeze(1).clamp(0, 1)
 
 
 def policy_step(run):
     """
-    Take one step of A*PO, or of an algorithm to compare it with: rollout, reference, loss, backward,
-    clip, optimizer step. This is all of stage 2. Returns the step's metrics.
+    Take one step of A*PO, or of an algorithm to compare it with: rollout, reference, loss,
+    backward, clip, optimizer step. This is all of stage 2. Returns the step's metrics.
     """
     if run.step - warmup_steps < reused_steps():
         batch, stored_values = stage1_batch(run)
@@ -366,7 +366,8 @@ def policy_step(run):
 
 
 def other_advantages(run, rewards):
-    """Return this rank's advantages of another algorithm, which sees the rewards of all ranks, (B,)."""
+    """Return this rank's advantages of another algorithm, which sees the rewards of all ranks,
+    (B,)."""
     everyones = torch.tensor(gather_lists(rewards.tolist()), device=device)
     advantages = run.other.advantages(everyones.view(-1, responses_per_prompt(run.other)))
     return advantages.flatten()[list(share(batch_size))]
@@ -374,12 +375,12 @@ def other_advantages(run, rewards):
 
 def bound_step(run, before, pieces, old_logprobs):
     """
-    Measure how far the policy has moved from the one before this batch, whose weights were `before`,
-    and go back part of the way where that is more than max_step_kl. Returns the KL before going back,
-    in nats a response.
+    Measure how far the policy has moved from the one before this batch, whose weights were
+    `before`, and go back part of the way where that is more than max_step_kl. Returns the KL before
+    going back, in nats a response.
 
-    For small steps it is half the square of the log-ratio, summed over the tokens, and grows with the
-    square of the step. A token that became impossible would count for all others: its square is
+    For small steps it is half the square of the log-ratio, summed over the tokens, and grows with
+    the square of the step. A token that became impossible would count for all others: its square is
     replaced by a line.
     """
     moved = torch.zeros((), device=device)
@@ -490,8 +491,8 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
 
 
 def look(run):
-    """Let pretrained weights answer eight problems before hours are spent on them, show two of the
-    responses, and say what the run will need."""
+    """Let pretrained weights answer eight problems before hours are spent on them, show two of
+    the responses, and say what the run will need."""
     started, mine = time.monotonic(), share(8)
     problems = [problem for problem, _ in run.task.training_problems((seed, EVAL, 0), mine)]
     rows = gather_lists(rollout(run, evaluate, problems, EVAL, mine.start, temperature))
@@ -511,9 +512,9 @@ def look(run):
 
 
 def log_evaluation(run, when, one_in=1):
-    """Evaluate one in so many of num_eval_samples at eval_temperature: responses to as many different
-    held-out problems, or several to each where there are fewer, but to at least 60. Print the
-    result, record it with eight of the responses, draw the curves. Returns the summary."""
+    """Evaluate one in so many of num_eval_samples at eval_temperature: responses to as many
+    different held-out problems, or several to each where there are fewer, but to at least 60. Print
+    the result, record it with eight of the responses, draw the curves. Returns the summary."""
     seconds = round(run.seconds, 1)
     problems = held_out_problems(run.task, num_eval_samples)
     problems = problems[::min(one_in, max(1, len(problems) // 60))]
@@ -567,7 +568,7 @@ def build(settings, checkpoint):
         for p, whole in initial_weights(model, checkpoint, tokenizer):
             p.copy_(shard(whole, p))
     model.recompute = activation_checkpointing
-    # Where a forward is sharded, recomputed or compiled, the ranks and passes must take the same way.
+    # Where a forward is sharded, recomputed or compiled, all ranks and passes must take one way.
     model.share_prefix = not (world_size > 1 or cpu_offload or activation_checkpointing or compile)
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
@@ -630,8 +631,8 @@ def initial_weights(model, checkpoint, tokenizer):
 
 
 def shard(whole, p):
-    """Return a copy of a whole tensor as the parameter p is held: on its device, and where the model
-    is sharded this rank's part of it. Whatever does not have its shape stays as it is."""
+    """Return a copy of a whole tensor as the parameter p is held: on its device, and where the
+    model is sharded this rank's part of it. Whatever does not have its shape stays as it is."""
     if not torch.is_tensor(whole) or whole.shape != p.shape:
         return copy.deepcopy(whole)
     if not hasattr(p, 'device_mesh'):
@@ -792,13 +793,11 @@ def gather_lists(rows):
 # Settings
 
 def configure(argv):
-    """
-    Settle every setting and write them to this module, once: the block on top < the task's defaults
-    < what fits the machine, pretrained weights or the checkpoint to start from < one that is
-    resumed < the command line.
+    """Settle every setting and write them to this module, once: the block on top < the task's
+    defaults < what fits the machine, pretrained weights or the checkpoint to start from < one that
+    is resumed < the command line.
 
-    Returns all settings, those that the task's class takes included, and the checkpoint to start
-    from, or None.
+    Returns all settings, those of the task's class included, and the checkpoint to start from.
     """
     read_cluster()
     texts = read_arguments(argv)
@@ -834,8 +833,8 @@ def configure(argv):
         fits |= GPU
     if checkpoint:
         if 'folder' in checkpoint:
-            fits |= PRETRAINED | ({} if device.startswith('cuda') else LAPTOP)
-        fits['warmup_steps'] = 0
+            fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
+        fits |= dict(warmup_steps=0)
         fits |= {setting: stored[setting] for setting in [*parameters(kind), 'fold'] if setting in stored}
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
@@ -985,8 +984,9 @@ def open_start(start, folder):
 
 
 def find_algorithm(name):
-    """Return the Algorithm of that name, None for A*PO, or that of a file: its functions `loss` and,
-    where it has it, `advantages`, and its constants `grouped` and `per_token`, where one is True."""
+    """Return the Algorithm of that name, None for A*PO, or that of a file: its functions `loss`
+    and, where it has it, `advantages`, and its constants `grouped` and `per_token`, where one is
+    True."""
     if name == 'apo' or name in ALGORITHMS:
         return ALGORITHMS.get(name)
     if not name.endswith('.py'):
@@ -1265,7 +1265,8 @@ def finish(run):
 
 
 def print0(*words, **options):
-    """Print by rank 0; when nobody reads any more, as behind `head`, the run continues in silence."""
+    """Print by rank 0; when nobody reads any more, as behind `head`, the run continues in
+    silence."""
     if rank == 0:
         try:
             print(*words, flush=True, **options)
