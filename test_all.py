@@ -47,8 +47,8 @@ ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': HERE}
 # A model that learns 5 x 5 well enough in a second or two to earn rewards.
 TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--n_kv_heads=2',
         '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32',
-        '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--num_responses_per_prompt=4', '--device=cpu',
-        '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
+        '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--device=cpu',
+        '--num_responses_per_prompt=4', '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
 SMALL = ['grid', 'equation', 'sorting'] # of examples/
 
 
