@@ -152,6 +152,8 @@ class Attention(nn.Module):
             # Behind tokens in the cache each sees all of these, and of its own what comes before it.
             past = k.size(2) - T
             seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
+            if past and x.is_cuda: # with a mask its fused kernels want as many heads of keys as of queries
+                k, v = (part.repeat_interleave(q.size(1) // part.size(1), dim=1) for part in (k, v))
             y = F.scaled_dot_product_attention(q, k, v, seen, is_causal=not past, enable_gqa=q.size(1) != k.size(1))
             y = y.transpose(1, 2)
         return self.wo(y.reshape(B, T, -1))

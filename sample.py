@@ -118,16 +118,17 @@ def evaluate(model, task, tokenizer, problems, key, repeat=1, **options):
 
 
 def summarize(rows):
-    """Summarize the rows of evaluate: accuracy with its Wilson 95% interval and by difficulty, and
-    other means."""
+    """Summarize the rows of evaluate: accuracy with its Wilson 95% interval, by difficulty, and
+    other means. Several responses to a problem count as one in the interval, because they are much
+    alike."""
     def mean(name, rows):
         return sum(row[name] for row in rows) / len(rows)
-    n, p, z = len(rows), mean('correct', rows), 1.96
+    n, p, z = len({row['prompt'] for row in rows}), mean('correct', rows), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
     interval = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
     groups = {group: [row for row in rows if row['difficulty'] == group]
               for group in sorted({row['difficulty'] for row in rows})}
-    return dict(accuracy=p, interval_95=interval, count=n,
+    return dict(accuracy=p, interval_95=interval, count=len(rows),
                 by_difficulty={group: mean('correct', members) for group, members in groups.items()},
                 **{name: mean(name, rows) for name in GRADES if name != 'correct'})
 
@@ -162,8 +163,11 @@ def main():
     path = find_checkpoint(args.checkpoint)
     checkpoint = open_model(path)
     given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
-    settings = checkpoint['settings'] = UNTRAINED | checkpoint['settings'] | given
-    models = model, task, _ = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
+    untrained = UNTRAINED if 'folder' in checkpoint else {}
+    settings = checkpoint['settings'] = untrained | checkpoint['settings'] | given
+    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
+    if args.num_examples and isinstance(tokenizer, Tokenizer):
+        fail("--num_examples is for pretrained weights: other models are not asked in words")
     options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples, progress='sampling',
                    temperature=settings['eval_temperature'], max_new_tokens=settings['max_new_tokens'])
     print(f"{path}: {args.task or checkpoint['task']}, {model.num_params():,} parameters, "
@@ -241,7 +245,7 @@ def summary_line(verdicts, n):
 
 def grade_held_out(models, options, path, count):
     """Grade held-out problems. The numbers also go to sample_eval.json, beside a checkpoint of
-    ours."""
+    ours, else into the current folder."""
     n = options['repeat']
     rows = evaluate(*models, held_out_problems(models[1], count), **options)
     result = summarize(rows)
@@ -348,6 +352,8 @@ def make_tokenizer(state, task, name, num_examples):
     vocabulary. num_examples is for a pretrained one."""
     with one_line(name):
         tokenizer = PretrainedTokenizer(state, num_examples) if isinstance(state, dict) else Tokenizer(state)
+    if isinstance(state, dict) and not hasattr(task, 'question'):
+        fail(f"{name} is asked in words, but the task {type(task).__name__} has no `question`")
     if isinstance(tokenizer, Tokenizer) and tokenizer.tokens != task.tokens:
         fail(f"the vocabulary of {name} ({len(tokenizer.tokens)} tokens) is not that of the task with these settings "
              f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with")
@@ -359,17 +365,18 @@ def open_model(start):
     pretrained weights, in a folder or at Hugging Face: where they are, their config and
     tokenizer."""
     path = newest_model(glob.escape(start)) or start
-    named = re.fullmatch(r'[\w.-]+/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
+    named = re.fullmatch(r'\w[\w.-]*/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
     folder = path
     if not os.path.isdir(path):
         if os.path.exists(path) or not named:
             return load_checkpoint(path)
-        with one_line(f'{path}, which is not a file or folder here,'):
+        with one_line(f'{path} (no file or folder here, so looked up at Hugging Face)'):
             from huggingface_hub import snapshot_download
-            folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
+            files = ['*.json', '*.jinja', 'model*.safetensors']
+            folder = snapshot_download(path, allow_patterns=files)
     with one_line(path):
-        return dict(folder=folder, config=dataclasses.asdict(read_config(folder)), tokenizer=tokenizer_files(folder),
-                    settings={}, task='', step=0)
+        config = dataclasses.asdict(read_config(folder))
+        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={}, task='', step=0)
 
 
 def load_checkpoint(path):

@@ -109,7 +109,8 @@ class PretrainedTokenizer:
                 ends.append(self.library.token_to_id(token['content'] if isinstance(token, dict) else token))
             listed = content.get('eos_token_id', [])
             ends += listed if isinstance(listed, list) else [listed]
-        ends = [end for end in dict.fromkeys(ends) if isinstance(end, int)]
+        known = self.library.get_vocab(with_added_tokens=True).values()
+        ends = [end for end in dict.fromkeys(ends) if end in known]
         if not ends:
             raise ValueError("no end-of-sequence in tokenizer_config.json, generation_config.json or config.json")
         return ends
@@ -129,7 +130,7 @@ class PretrainedTokenizer:
     def prompt(self, task, problem):
         """Return what the model is asked: the task's question in words, in a chat or a transcript,
         behind examples of other problems."""
-        examples = task.examples(self.num_examples + 1)
+        examples = task.examples(self.num_examples + 1) if self.num_examples else []
         asked = task.canonical(problem)
         turns = [self.turn.format(task.question(other)) + response + self.end + '\n'
                  for other, response in examples if task.canonical(other) != asked]
@@ -216,12 +217,19 @@ class Task:
 
     @functools.lru_cache(maxsize=1)
     def examples(self, count):
-        """Return up to `count` training problems, each with a right response the usual way."""
+        """Return up to `count` different training problems, each with a right response the usual
+        way."""
         if not hasattr(self, 'demonstration'):
             return []
-        drawn = self.training_problems((2025,), range(2 * count))
-        examples = [(problem, self.worked_example(problem, rng)) for problem, rng in drawn]
-        return [example for example in examples if self.grade(*example).correct][:count]
+        rng, found = np.random.default_rng(2025), {}
+        for _ in range(100):
+            problem = self.draw(rng)
+            response = self.worked_example(problem, rng)
+            if self.grade(problem, response).correct:
+                found.setdefault(self.canonical(problem), (problem, response))
+            if len(found) == count:
+                break
+        return list(found.values())
 
     def grade(self, problem, response):
         """Grade an answer that must be solution(problem), in plain ASCII digits; other tasks have
@@ -358,17 +366,18 @@ class Countdown(Task):
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{answer}{END_ANSWER}'
 
     def worked_example(self, problem, rng):
-        """Write two random tries and a solution, where the search finds one, a line each: `14 - 2
-        = 12, 12 * 7 = 84, 84 + 13 = 97`. The last one is the answer."""
+        """Write up to two random tries and a solution, where the search finds one, a line each: `14
+        - 2 = 12, 12 * 7 = 84, 84 + 13 = 97`. The last one is the answer."""
         tries = []
-        for _ in range(2):
+        while len(tries) < 2 and problem.target not in [term.value for term in tries]:
             pool = [Term(n, str(n), ()) for n in problem.numbers]
             while len(pool) > 1:
                 x, y = (pool.pop(rng.integers(len(pool))) for _ in range(2))
                 terms = self.joins(x, y)
                 pool.append(terms[rng.integers(len(terms))])
             tries += pool
-        tries += [solution for _, solution in self.search(problem) if solution][:1]
+        if tries[-1].value != problem.target:
+            tries += [solution for _, solution in self.search(problem) if solution][:1]
         lines = [', '.join(re.sub('([-+*/=])', r' \1 ', step) for step in term.steps) for term in tries]
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{tries[-1].text[1:-1]}{END_ANSWER}'
 

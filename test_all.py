@@ -826,9 +826,11 @@ def test_the_noise_is_not_made_of_the_numbers_that_drew_the_problem(countdown_ba
 
 
 def test_evaluation_is_summarized_with_its_interval(countdown_base):
-    rows = [dict(reward=i < 90, correct=i < 90, formatted=1, truncated=0, length=i, difficulty='ab'[i % 2])
+    rows = [dict(reward=i < 90, correct=i < 90, formatted=1, truncated=0, length=i, difficulty='ab'[i % 2], prompt=i)
             for i in range(100)]
     result = sample.summarize(rows)
+    three = sample.summarize(3 * rows)
+    assert three['count'] == 300 and three['interval_95'] == result['interval_95'], "responses to a problem are alike"
     assert result['accuracy'] == 0.9 and result['count'] == 100 and result['by_difficulty'] == dict(a=0.9, b=0.9)
     assert result['interval_95'] == pytest.approx([0.8256, 0.9448], abs=1e-3), "Wilson's"
     assert result['length'] == 49.5
@@ -1925,9 +1927,10 @@ def test_pretrained_tokenizer_goes_round_and_knows_its_end(tmp_path):
     for more, ends in ((dict(generation_config='{"eos_token_id": [2, 0]}'), [2, 0]),
                        (dict(config='{"eos_token_id": 1}'), [1]),
                        (dict(tokenizer_config='{"eos_token": {"content": "<|im_end|>"}}'), [2]),
-                       (dict(tokenizer_config='{"eos_token": "<|im_end|>"}', config='{"eos_token_id": 0}'), [2, 0])):
+                       (dict(tokenizer_config='{"eos_token": "<|im_end|>"}', config='{"eos_token_id": [0, 9999]}'), [2, 0])):
         assert PretrainedTokenizer(files | {f'{name}.json': text for name, text in more.items()}).ends == ends
-    for nothing in ({}, {'config.json': '{"eos_token_id": []}'}, {'config.json': '{"eos_token_id": null}'},
+    for nothing in ({}, {'config.json': '{"eos_token_id": []}'}, {'config.json': '{"eos_token_id": 9999}'},
+                    {'config.json': '{"eos_token_id": null}'},
                     {'tokenizer_config.json': '{"eos_token": "<|nowhere|>"}'}):
         with pytest.raises(ValueError, match='no end-of-sequence'):
             PretrainedTokenizer(files | nothing)
@@ -1945,6 +1948,7 @@ def test_prompts_in_words_carry_right_examples_of_other_problems(tmp_path, name)
     make_tokenizer(tmp_path, '<|im_end|>')
     task, tokenizer = example(name)(), PretrainedTokenizer(tokenizer_files(tmp_path), 3)
     examples = task.examples(4)
+    assert len({task.canonical(problem) for problem, _ in examples}) == 4
     for problem, response in examples:
         assert task.grade(problem, response).correct and not task.is_test(problem)
     for asked in [task.draw(np.random.default_rng(0), test=True), *(problem for problem, _ in examples)]:
@@ -2073,7 +2077,7 @@ def test_missing_packages_of_pretrained_weights_are_named(main, tmp_path, monkey
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match=words) as error:
             patch.setitem(sys.modules, package, None)
             main('--task=multiplication', f'--init_from={start}', '--out_dir=new', '--max_new_tokens=64')
-        assert start != 'Qwen/Qwen2.5-0.5B' or 'which is not a file or folder here' in error.value.code
+        assert start != 'Qwen/Qwen2.5-0.5B' or 'no file or folder here, so looked up' in error.value.code
 
 
 @pytest.fixture(scope='module')
@@ -2084,7 +2088,8 @@ def pretrained(tmp_path_factory):
     write_pretrained(folder)
     make_tokenizer(folder)
     process = script('train.py', *TINY, '--n_heads=4', '--d_ff=96', f'--init_from={folder}', f'--out_dir={out}',
-                     '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--eval_interval=100')
+                     '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--eval_interval=100',
+                     '--num_examples=2', '--warmup_learning_rate=3e-3')
     assert process.returncode == 0 and process.stderr == '', process.stderr
     return str(folder), str(out)
 
@@ -2110,6 +2115,10 @@ def test_pretrained_weights_answer_before_any_training(ask, tmp_path, monkeypatc
                              '--num_examples=0')
     assert json.load(open('sample_eval.json'))['num_problems'] == 3 and sorted(os.listdir('model')) == before
     assert 'FileNotFoundError' in ask(f'--checkpoint={tmp_path}', '--task=chain'), "a folder without a model"
+    with open('wordless.py', 'w') as file:
+        file.write('from tasks import Task\n\n\nclass Wordless(Task):\n    tokens = []\n')
+    assert ask('--checkpoint=model', '--task=wordless.py').endswith('has no `question`')
+    assert ask('--num_examples=2', '--prompt=3 5 7 = 22').startswith('error: --num_examples is for pretrained weights')
 
 
 def test_pretrained_weights_are_looked_at_before_hours_are_spent(tmp_path, capsys):
@@ -2158,6 +2167,8 @@ def test_runs_from_pretrained_weights_resume_answer_and_export(main, ask, pretra
     """Without the folder that they came from: the checkpoint holds all."""
     main('--init_from=resume', f"--out_dir={resumed_from(pretrained[1], 120, tmp_path / 'part')}")
     assert_same(pretrained[1], tmp_path / 'part')
+    settings, _ = train.configure([f'--init_from={pretrained[1]}', f'--out_dir={tmp_path}/more', '--device=cpu'])
+    assert settings['learning_rate'] == train.LAPTOP['learning_rate'] and settings['num_examples'] == 2
     said = ask(f'--checkpoint={pretrained[1]}', '--prompt=3 * 4', '--num_samples=8')
     assert 'What is 3 × 4?' in said and 'pass@8' in said
     process = script('examples/export.py', f'{tmp_path}/export', f'--checkpoint={pretrained[1]}')
@@ -2188,18 +2199,19 @@ def test_real_weights_answer_train_resume_and_export(main, ask, tmp_path):
     assert 'choose a new folder' in script('examples/smollm2.py', folder).stderr
     checkpoint = sample.open_model(folder)
     model, task, tokenizer = sample.load(checkpoint | dict(settings=dict(num_examples=3)), folder, 'cpu', 'multiplication')
-    prompts = [tokenizer.encode(tokenizer.prompt(task, MultiplicationProblem(a, 7))) for a in (3, 12)]
+    texts = [tokenizer.prompt(task, MultiplicationProblem(a, 7)) for a in (3, 12)]
+    prompts = [tokenizer.encode(text) for text in texts]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     library = transformers.AutoTokenizer.from_pretrained(folder)
     tokens, mask = generate(model, prompts, 16, temperature=0, ends=tokenizer.ends)
+    assert [library(text).input_ids for text in texts] == prompts
     for row, marked, prompt in zip(tokens, mask, prompts):
-        assert library(tokenizer.decode(prompt)).input_ids == prompt
         with torch.no_grad():
             assert torch.allclose(theirs(torch.tensor([prompt])).logits, model(torch.tensor([prompt]))[0], atol=1e-3)
             greedy = theirs.generate(torch.tensor([prompt]), max_new_tokens=16, do_sample=False)
         assert greedy[0, len(prompt):].tolist() == row[marked].tolist()
     del theirs, model
-    small = ['--task=multiplication', '--max_factor=20', '--num_examples=1', '--max_new_tokens=16', '--batch_size=8',
+    small = ['--task=multiplication', '--max_factor=9', '--num_examples=1', '--max_new_tokens=32', '--batch_size=8',
              '--num_train_samples=4', '--num_responses_per_prompt=4', '--num_eval_samples=4', '--device=cpu']
     main(*small, f'--init_from={folder}', f'--out_dir={tmp_path}/whole', '--max_steps=3', '--checkpoint_interval=1',
          '--keep_checkpoints=0')

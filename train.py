@@ -90,7 +90,7 @@ value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
-num_eval_samples = 2000 # held-out problems of the final evaluation; those on the way use an eighth of them
+num_eval_samples = 2000 # responses to held-out problems in the final evaluation; an eighth on the way
 eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
@@ -494,21 +494,25 @@ def look(run):
     """Let pretrained weights answer eight problems before hours are spent on them, show two of
     the responses, and say what the run will need."""
     started, mine = time.monotonic(), share(8)
-    problems = [problem for problem, _ in run.task.training_problems((seed, EVAL, 0), mine)]
-    rows = gather_lists(rollout(run, evaluate, problems, EVAL, mine.start, temperature))
+    problems = [problem for problem, _ in run.task.training_problems((seed, EVAL, 0), range(8))]
+    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start, temperature)
+    rows = gather_lists(rows)
     minutes = (time.monotonic() - started) / 60
     result, params = summarize(rows), run.model.num_params()
     for problem, row in zip(problems[:2], rows):
-        print0(f"asked {run.task.question(problem)[:200]!r}, the model responds {row['response'][:400]!r}")
+        question, response = run.task.question(problem)[:200], row['response'][:400]
+        print0(f"asked {question!r}, the model responds {response!r}")
     print0(f"of 8 responses {result['formatted']:.0%} have the format, {result['accuracy']:.0%} are right, "
            f"{result['truncated']:.0%} are cut off at {max_new_tokens} tokens; they took {minutes:.1f} min, "
            f"and a step samples {batch_size}")
     print0(f"weights, gradients and optimizer need {24 * params / 1e9:.1f} GB of memory, "
            f"each checkpoint {16 * params / 1e9:.1f} GB of disk")
     if not result['formatted']:
-        print0(f"hint: nothing has the format: try another --num_examples={num_examples}, or change FORMS in tasks.py")
+        print0(f"hint: nothing has the format: raise --num_examples={num_examples} (a task without demonstrations "
+               "has none) or --max_new_tokens, or change FORMS in tasks.py")
     elif not result['reward']:
-        print0(f"hint: nothing is right: make the task easier ({parameters_of(run)}), or give some --warmup_steps")
+        print0(f"hint: nothing is right: make the task easier ({parameters_of(run)}), or give some "
+               "--warmup_steps")
 
 
 def log_evaluation(run, when, one_in=1):
@@ -598,8 +602,8 @@ def try_problems(puzzles, tokenizer, config):
         used.update(prompt + tokenizer.encode(text))
         longest = max(longest, len(prompt))
     if config.max_seq_len < longest + max_new_tokens:
-        raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt do not fit the {config.max_seq_len} "
-                         "positions of this model")
+        raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
+                         f"{config.max_seq_len} positions of this model")
     if max(used) >= config.vocab_size:
         raise ValueError(f"the tokenizer uses token {max(used)}, {tokenizer.decode([max(used)])!r}, but the model's "
                          f"embedding has {config.vocab_size} rows")
@@ -832,10 +836,10 @@ def configure(argv):
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
-        if 'folder' in checkpoint:
+        if isinstance(checkpoint['tokenizer'], dict): # pretrained, here or for an earlier run
             fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
-        fits |= dict(warmup_steps=0)
-        fits |= {setting: stored[setting] for setting in [*parameters(kind), 'fold'] if setting in stored}
+        kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
+        fits |= dict(warmup_steps=0) | {setting: stored[setting] for setting in kept}
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
         fits = stored

@@ -10,6 +10,7 @@ it tells two warm-ups apart that an accuracy of 2,000 puzzles does not. The puzz
 """
 import argparse
 import collections
+import math
 import os
 import sys
 
@@ -38,14 +39,16 @@ def main():
     for name in args.models:
         path = sample.find_checkpoint(name)
         model, task, tokenizer = sample.load(sample.load_checkpoint(path), path, 'cpu')
+        if not hasattr(task, 'search'):
+            sample.fail(f"{name} is a model of {type(task).__name__}, which has no search")
         task.fold = args.fold
         rng = np.random.default_rng(77)
         problems = [task.draw(rng, test=True) for _ in range(args.num_problems)]
         searches = [found for found in (search(task, tokenizer, problem) for problem in problems) if found]
         lengths, sums = measure(model, tokenizer, searches)
         whole = np.exp([-sum(by_kind.values()) for by_kind in sums])
-        cells = [whole.mean()] + [whole[(lengths > low) & (lengths <= high)].mean()
-                                  for low, high in ((0, 100), (100, 250), (250, 400), (400, 800))]
+        groups = [whole[(lengths > low) & (lengths <= high)] for low, high in ((0, 100), (100, 250), (250, 400), (400, 800))]
+        cells = [whole.mean()] + [group.mean() if len(group) else math.nan for group in groups]
         cells += [np.mean([by_kind[kind] for by_kind in sums]) for kind in KINDS]
         print(f'| {name} | ' + ' | '.join(f'{cell:.3f}' for cell in cells) + ' |', flush=True)
 

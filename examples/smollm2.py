@@ -21,7 +21,7 @@ from sample import fail, one_line, run_script
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('folder', help='a new folder')
+    parser.add_argument('folder', type=os.path.expanduser, help='a new folder')
     folder = parser.parse_args().folder
     if os.path.exists(folder):
         fail(f"{folder} is there already: choose a new folder")
