@@ -2131,7 +2131,7 @@ def test_pretrained_weights_are_looked_at_before_hours_are_spent(tmp_path, capsy
     said = capsys.readouterr().out
     assert len(re.findall(r"asked 'What is \d+ × \d+\?', the model responds '", said)) == 2
     assert 'of 8 responses 0% have the format, 0% are right, ' in said and 'GB of disk' in said
-    assert 'hint: nothing has the format: try another --num_examples=1' in said
+    assert 'hint: nothing has the format: raise --num_examples=1' in said
     prompt = run.tokenizer.prompt(run.task, MultiplicationProblem(3, 4))
     assert prompt.count('<answer>') == 2, "the words that ask for it, and one example"
 
