@@ -71,17 +71,12 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all keys and values
-        of that layer."""
+        of that layer. Those of one row are written for all rows, and returned for one."""
         end = self.length + k.size(2)
         assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {end} are needed"
         self.k[layer, :, :, self.length:end] = k
         self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
-
-    def start_with(self, other):
-        """Start every row with what the only row of another cache holds."""
-        self.k[..., :other.length, :], self.v[..., :other.length, :] = other.k, other.v
-        self.length = other.length
+        return self.k[layer, :len(k), :, :end], self.v[layer, :len(k), :, :end]
 
     def keep(self, rows):
         """Drop every row that is not in rows (a LongTensor): finished responses stop costing
@@ -332,9 +327,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
     shared = shared_length(tokens[:, :shortest])
     if shared: # one row computes it for all
-        first = KVCache(model.config, 1, shared, device, cache.k.dtype)
-        model.trunk(tokens[:1, :shared], first)
-        cache.start_with(first)
+        model.trunk(tokens[:1, :shared], cache)
     unseen = tokens[:, shared:shortest] # by the model
     for t in range(shortest, T):
         # (B, vocab_size) for the last position only, because it is 150,000 wide in Qwen

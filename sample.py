@@ -7,7 +7,7 @@ See what a trained model does.
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
 Takes the newest run under out/, one that came to its end before one that did not, else assets/countdown_trained.pt;
---checkpoint=PATH names another, a file or the folder of a run.
+--checkpoint=PATH names another, a file, the folder of a run, or pretrained weights, which need a --task=.
 
 Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
 one place where rewards are decided. Everything takes its settings as arguments.
@@ -190,7 +190,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
-    add('--checkpoint', help='a checkpoint, or the folder of a run (default: see above)')
+    add('--checkpoint', help='a checkpoint, the folder of a run, or pretrained weights (default: see above)')
     add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
@@ -350,11 +350,12 @@ def make_task(name, settings):
 def make_tokenizer(state, task, name, num_examples):
     """Return the tokenizer of a checkpoint, by its state; the task must be one of the same
     vocabulary. num_examples is for a pretrained one."""
+    pretrained = isinstance(state, dict)
     with one_line(name):
-        tokenizer = PretrainedTokenizer(state, num_examples) if isinstance(state, dict) else Tokenizer(state)
-    if isinstance(state, dict) and not hasattr(task, 'question'):
+        tokenizer = PretrainedTokenizer(state, num_examples) if pretrained else Tokenizer(state)
+    if pretrained and not hasattr(task, 'question'):
         fail(f"{name} is asked in words, but the task {type(task).__name__} has no `question`")
-    if isinstance(tokenizer, Tokenizer) and tokenizer.tokens != task.tokens:
+    if not pretrained and tokenizer.tokens != task.tokens:
         fail(f"the vocabulary of {name} ({len(tokenizer.tokens)} tokens) is not that of the task with these settings "
              f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with")
     return tokenizer

@@ -490,13 +490,21 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
     return result
 
 
+def answers(run, problems, at_temperature, repeat=1):
+    """Let the ranks share these problems. Returns the graded responses of all of them, as
+    sample.evaluate."""
+    mine = share(len(problems))
+    first = mine.start * repeat
+    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, first, at_temperature, repeat)
+    return gather_lists(rows)
+
+
 def look(run):
     """Let pretrained weights answer eight problems before hours are spent on them, show two of
     the responses, and say what the run will need."""
-    started, mine = time.monotonic(), share(8)
+    started = time.monotonic()
     problems = [problem for problem, _ in run.task.training_problems((seed, EVAL, 0), range(8))]
-    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start, temperature)
-    rows = gather_lists(rows)
+    rows = answers(run, problems, temperature)
     minutes = (time.monotonic() - started) / 60
     result, params = summarize(rows), run.model.num_params()
     for problem, row in zip(problems[:2], rows):
@@ -523,9 +531,7 @@ def log_evaluation(run, when, one_in=1):
     problems = held_out_problems(run.task, num_eval_samples)
     problems = problems[::min(one_in, max(1, len(problems) // 60))]
     repeat = max(1, num_eval_samples // one_in // len(problems))
-    mine = share(len(problems))
-    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start * repeat, eval_temperature, repeat)
-    rows = gather_lists(rows)
+    rows = answers(run, problems, eval_temperature, repeat)
     result = summarize(rows)
     low, high = result['interval_95']
     groups = [f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()]

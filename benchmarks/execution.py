@@ -78,8 +78,9 @@ def search(task, tokenizer, problem):
 def measure(model, tokenizer, searches):
     """Return the length of each search, and the negative log-probability of its tokens, in nats, by their kind."""
     lengths, sums = [], []
+    searches = sorted(searches, key=lambda pair: len(pair[1])) # little padding in each piece
     for start in range(0, len(searches), 16):
-        part = sorted(searches, key=lambda pair: len(pair[1]))[start:start + 16]
+        part = searches[start:start + 16]
         rows = [torch.tensor(prompt + [token for token, _ in tokens]) for prompt, tokens in part]
         masks = [torch.arange(len(row)) >= len(prompt) for row, (prompt, _) in zip(rows, part)]
         mask = pad_sequence(masks, batch_first=True)

@@ -1,5 +1,6 @@
 """
-Write a model in the Hugging Face layout, which transformers loads: a Llama unless it has Qwen's options.
+Write a model in the Hugging Face layout, which transformers loads: a Qwen3 where queries and keys are normalised, as in
+our own models, a Qwen2 where they have a bias, else a Llama.
 
     python examples/export.py FOLDER                                       # of the newest run, as sample.py finds it
     python examples/export.py FOLDER --checkpoint=out/countdown            # a checkpoint, or the folder of a run
