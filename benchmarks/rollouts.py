@@ -38,6 +38,7 @@ args = parser.parse_args()
 
 checkpoint = load_checkpoint(args.checkpoint)
 model, task, tokenizer = load(checkpoint, args.checkpoint)
+model.float()
 eos, device, limit = tokenizer.ends[0], model.embed.weight.device, checkpoint['settings']['max_new_tokens']
 prompts = [tokenizer.encode(tokenizer.prompt(task, problem)) for problem in held_out_problems(task, args.rows)]
 with tempfile.TemporaryDirectory() as folder:
@@ -72,8 +73,10 @@ if same < 0.99 * args.rows: # two equal logits may fall either way
     sys.exit('error: the two do not compute the same thing')
 print('| against transformers | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
       '|---|---|---|---|')
-for dtype, cache in (('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')): # theirs; ours is float32
+for dtype, cache in (('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')):
     theirs.to(getattr(torch, dtype))
+    if device.type == 'cuda': # on a CPU ours is always float32
+        model.to(getattr(torch, dtype))
     pairs = [(speed(ours, 1.0), speed(transformers, 1.0, cache)) for _ in range(args.pairs + 1)][1:] # warmed up
     ratios = sorted(a / b for a, b in pairs)
     print(f'| {dtype}, {cache} cache | {statistics.median(a for a, _ in pairs):,.0f} '
