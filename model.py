@@ -327,76 +327,93 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
     sampled positions up to and including the first end. A row without an end under its mask ran
     into max_new_tokens. Raises ValueError when prompt and max_new_tokens exceed max_seq_len.
-
-    No row is padded on the left: all stand at the same position, and a row whose prompt is longer
-    than the shortest has its own tokens forced until the prompt is used up. So the cache needs no
-    mask. Rows that end leave the batch.
     """
-    device = model.embed.weight.device
-    lengths = torch.tensor([len(p) for p in prompts], device=device)
     shortest, longest = min(map(len, prompts)), max(map(len, prompts))
-    B, T = len(prompts), longest + max_new_tokens
-    if T > model.config.max_seq_len:
+    if longest + max_new_tokens > model.config.max_seq_len:
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
-    tokens = torch.tensor([prompt + [ends[0]] * (T - len(prompt)) for prompt in prompts], device=device)
-    mask = torch.zeros(B, T, dtype=torch.bool, device=device)
-    end_tokens = torch.tensor(ends, device=device)
-    uniform = torch.rand(B, max_new_tokens, device=device) if uniform is None else uniform.to(device)
-
-    cache = KVCache(model.config, B, -(-T // 64) * 64, device, model.embed.weight.dtype)
-    rows = torch.arange(B, device=device) # the rows still running
-    alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
-    at = torch.tensor([shortest - 1], device=device) # the position of their newest token
-
-    def step(unseen):
-        # (rows, vocab_size) for the last position only, because it is 150,000 wide in Qwen
-        logits = model.lm_head(model.trunk(unseen, cache)[:, -1])
-        at.add_(1)
-        index = at - lengths[rows] # of the response token that stands there, negative inside a prompt
-        sampled = sample_token(logits, temperature, uniform[rows, index.clamp(0, max_new_tokens - 1)])
-        is_response = (index >= 0) & alive
-        token = torch.where(is_response, sampled, tokens[rows, at]) # inside a prompt its own token is forced
-        tokens[rows, at], mask[rows, at] = token, is_response
-        ended = is_response & (token[:, None] == end_tokens).any(1)
-        alive.logical_and_(~ended & (index < max_new_tokens - 1))
-
-    shared = shared_length(tokens[:, :shortest])
-    if shared: # one row computes it for all
-        model.trunk(tokens[:1, :shared], cache)
-    step(tokens[:, shared:shortest])
-    if at.is_cuda:
-        cache.prepare_graph(at)
-        if T > model.cos_sin.size(1): # a graph cannot make it longer
-            model.rotary_table(T, device)
-    graph = None # of one step
-    for t in range(shortest, T):
+    batch = Decoding(model, prompts, max_new_tokens, temperature, ends, uniform)
+    batch.read(shortest)
+    for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
         if watch:
-            watch(tokens[:, :t + 1])
-        # Dropping rows copies the cache, so wait until an eighth of them has ended. A GPU is asked
-        # every few tokens only, because it has to stop and answer.
-        if (t % 8 == 0 or not at.is_cuda) and 8 * alive.sum() <= 7 * len(rows):
-            if not alive.any():
-                break
-            keep = alive.nonzero().squeeze(1)
-            cache.keep(keep)
-            rows, alive, graph = rows[keep], alive[keep], None
-        if t == T - 1:
+            watch(batch.tokens[:, :t + 1])
+        # A GPU is asked every few tokens only, because it has to stop and answer.
+        if t % 8 == 0 or not batch.tokens.is_cuda:
+            batch.drop_ended()
+        if len(batch.rows) == 0 or t == longest + max_new_tokens - 1:
             break
-        if not at.is_cuda:
-            step(tokens[rows[:, None], at])
-            continue
-        # Python starts kernels more slowly than a GPU runs them. So a step is recorded, and
-        # repeated for as long as its shapes hold.
-        if graph is None or cache.length == cache.end:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, capture_error_mode='thread_local'):
-                step(tokens[rows[:, None], at])
+        batch.step()
+    T = int(batch.mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
+    return batch.tokens[:, :T], batch.mask[:, :T]
+
+
+class Decoding:
+    """
+    The responses of a batch while they are sampled. No row is padded on the left: all stand at the
+    same position, and a row whose prompt is longer than the shortest has its own tokens forced
+    until the prompt is used up. So the cache needs no mask. Rows that end leave the batch.
+    """
+
+    def __init__(self, model, prompts, max_new_tokens, temperature, ends, uniform):
+        self.model, self.temperature, device = model, temperature, model.embed.weight.device
+        self.lengths = torch.tensor([len(p) for p in prompts], device=device)
+        B, T = len(prompts), int(self.lengths.max()) + max_new_tokens
+        padded = [prompt + [ends[0]] * (T - len(prompt)) for prompt in prompts]
+        self.tokens = torch.tensor(padded, device=device) # (B, T)
+        self.mask = torch.zeros(B, T, dtype=torch.bool, device=device)
+        self.ends = torch.tensor(ends, device=device)
+        self.uniform = torch.rand(B, max_new_tokens, device=device) if uniform is None else uniform.to(device)
+        self.cache = KVCache(model.config, B, -(-T // 64) * 64, device, model.embed.weight.dtype)
+        self.rows = torch.arange(B, device=device) # the rows still running
+        self.alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
+        self.graph = None # of a step on a GPU
+
+    def read(self, shortest):
+        """Read what the prompts have up to the shortest one's end, and sample the next tokens."""
+        self.at = torch.tensor([shortest - 1], device=self.tokens.device) # the position of the newest tokens
+        shared = shared_length(self.tokens[:, :shortest])
+        if shared: # one row computes it for all
+            self.model.trunk(self.tokens[:1, :shared], self.cache)
+        self.sample(self.tokens[:, shared:shortest])
+        if self.at.is_cuda:
+            self.cache.prepare_graph(self.at)
+            if self.tokens.size(1) > self.model.cos_sin.size(1): # a graph cannot make it longer
+                self.model.rotary_table(self.tokens.size(1), self.at.device)
+
+    def sample(self, unseen):
+        """Let the model read the tokens (rows, T) that it has not seen, and sample the next of each
+        row."""
+        # (rows, vocab_size) for the last position only, because it is 150,000 wide in Qwen
+        logits = self.model.lm_head(self.model.trunk(unseen, self.cache)[:, -1])
+        self.at += 1
+        index = self.at - self.lengths[self.rows] # in the response; negative inside a prompt
+        last = self.uniform.size(1) - 1 # index that a response may have
+        sampled = sample_token(logits, self.temperature, self.uniform[self.rows, index.clamp(0, last)])
+        is_response = (index >= 0) & self.alive
+        token = torch.where(is_response, sampled, self.tokens[self.rows, self.at]) # or the prompt's own
+        self.tokens[self.rows, self.at], self.mask[self.rows, self.at] = token, is_response
+        ended = is_response & (token[:, None] == self.ends).any(1)
+        self.alive &= ~ended & (index < last)
+
+    def step(self):
+        """Sample the next token of each row. Python starts kernels more slowly than a GPU runs them,
+        so there a step is recorded, and repeated for as long as its shapes hold."""
+        if not self.at.is_cuda:
+            return self.sample(self.tokens[self.rows[:, None], self.at])
+        if self.graph is None or self.cache.length == self.cache.end:
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, capture_error_mode='thread_local'):
+                self.sample(self.tokens[self.rows[:, None], self.at])
         else:
-            cache.length += 1
-        graph.replay()
-    T = int(mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
-    return tokens[:, :T], mask[:, :T]
+            self.cache.length += 1
+        self.graph.replay()
+
+    def drop_ended(self):
+        """Drop the rows that have ended, once they are an eighth, because that copies the cache."""
+        if 8 * self.alive.sum() <= 7 * len(self.rows):
+            keep = self.alive.nonzero().squeeze(1)
+            self.cache.keep(keep)
+            self.rows, self.alive, self.graph = self.rows[keep], self.alive[keep], None
 
 
 def sample_token(logits, temperature, uniform):
