@@ -94,7 +94,7 @@ num_eval_samples = 2000 # responses to held-out problems in the final evaluation
 eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
-tracker = 'none' # none | wandb | tensorboard: where the metrics go beside metrics.jsonl
+tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
 # memory
 micro_batch_tokens = 2048 # tokens in one forward and backward pass
 rollout_rows = 1024 # responses sampled side by side
@@ -103,7 +103,7 @@ cpu_offload = False # keep master weights, optimizer state and, between uses, th
 # ---- end of settings -----------------------------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
-CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb', 'tensorboard'))
+CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb'))
 # The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
 # overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
@@ -153,7 +153,7 @@ class Run:
     warmup_accuracy: float = None
     best: tuple = (0.0, 0) # accuracy and step of the best evaluation, whose checkpoint is kept
     tracker_id: str = None # of the run at wandb
-    track: object = None # a function that sends numbers to wandb or TensorBoard
+    track: object = None # a function that sends numbers to wandb
     started: float = dataclasses.field(default_factory=time.monotonic) # less earlier sessions
     pace: float = 0.0 # seconds per step, a moving average
     rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for hints
@@ -544,9 +544,11 @@ def log_evaluation(run, when, one_in=1):
             record(run, 'samples.jsonl', dict(step=run.step, **row))
     run.evaluated = run.step
     run.best = max(run.best, (result['accuracy'], run.step))
-    if rank == 0:
-        with contextlib.suppress(Exception): # a picture must not end a run; finish says what is wrong
+    try:
+        if rank == 0:
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
+    except Exception as error: # a picture must not end a run
+        print0(f"no curves.png: {' '.join(str(error).split())[:120]}")
     return result
 
 
@@ -1003,18 +1005,8 @@ def find_algorithm(name):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
     with one_line(f'--algorithm={name}'):
         parts = runpy.run_path(os.path.expanduser(name), run_name='algorithm_file')
-        found = Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
-                          parts.get('grouped', False), parts.get('per_token', False))
-        # Tried on something small, so that a mistake shows before the warm-up.
-        rewards, logprobs = torch.eye(2) if found.grouped else torch.ones(4, 1), -torch.ones(4, 3)
-        advantages = found.advantages(rewards)
-        if advantages.shape != rewards.shape:
-            raise ValueError(f'its advantages have the shape {[*advantages.shape]} for rewards of {[*rewards.shape]}')
-        rows = len(advantages.flatten())
-        loss = found.loss(logprobs[:rows], logprobs[:rows], advantages.flatten(), torch.ones(rows, 3, dtype=torch.bool))
-        if loss.dim():
-            raise ValueError(f'its loss has the shape {[*loss.shape]}, and should be one number')
-        return found
+        return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
+                         parts.get('grouped', False), parts.get('per_token', False))
 
 
 def checkpoints(folder):
@@ -1038,10 +1030,8 @@ def claim(folder):
         fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
     except (ModuleNotFoundError, OSError): # some file systems have no locks
         pass
-    if init_from != 'resume' and checkpoints(folder):
-        fail(f"{folder} already holds a run: use --init_from=resume or another --out_dir, or delete it")
-    if init_from != 'resume' and os.path.exists(os.path.join(folder, LOGS[0])):
-        fail(f"{folder} holds a run that ended before it saved anything: use another --out_dir, or delete it")
+    if init_from != 'resume' and (checkpoints(folder) or os.path.exists(os.path.join(folder, LOGS[0]))):
+        fail(f"{folder} already holds a run: use another --out_dir, or --init_from=resume where a checkpoint was saved")
     for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # one was killed while it saved
         os.remove(path)
     return lock
@@ -1087,10 +1077,9 @@ def restore(run, checkpoint):
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
         if now != before:
             fail(f"--{name}={now} comes too late: this run has {name}={before}")
-    if warm and warmup_steps < checkpoint['step']:
-        fail(f"--warmup_steps={warmup_steps} comes too late: this run has taken {checkpoint['step']} steps")
-    if not warm and warmup_steps + max_steps < checkpoint['step']:
-        fail(f"--max_steps={max_steps} comes too late: this run has taken {checkpoint['step'] - warmup_steps} steps")
+    name, taken = ('warmup_steps', checkpoint['step']) if warm else ('max_steps', checkpoint['step'] - warmup_steps)
+    if run.settings[name] < taken:
+        fail(f"--{name}={run.settings[name]} comes too late: this run has taken {taken} steps")
     for name in PLAIN:
         if name not in checkpoint:
             fail(f"{out_dir} was saved by another version of this program, without '{name}': use that, or start anew")
@@ -1109,11 +1098,7 @@ def restore(run, checkpoint):
     for name, size in zip(LOGS, checkpoint['logged']):
         if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
             log = os.path.join(out_dir, name)
-            held = os.path.getsize(log)
-            os.truncate(log, min(size, held)) # what came later is logged again
-            if held < size: # its end was lost: what is left of a line is no row
-                with open(log, 'a') as file:
-                    file.write('\n')
+            os.truncate(log, min(size, os.path.getsize(log))) # what came later is logged again
     print0(f"resuming at step {run.step}")
 
 
@@ -1224,20 +1209,15 @@ def record(run, name, row):
 
 
 def open_tracker(run):
-    """Give the run a function that sends numbers, with their step, to wandb or TensorBoard. At
-    wandb a run that is resumed keeps its id."""
+    """Give the run a function that sends numbers, with their step, to wandb, where a run that is
+    resumed keeps its id."""
     if rank or tracker == 'none':
         return
     with one_line(f'--tracker={tracker}'):
-        if tracker == 'wandb':
-            import wandb
-            session = wandb.init(project='tinyzero-astarpo', name=out_dir, config=run.settings, id=run.tracker_id,
-                                 resume='allow')
-            run.track, run.tracker_id = session.log, session.id
-        else:
-            from torch.utils.tensorboard import SummaryWriter
-            writer = SummaryWriter(out_dir)
-            run.track = lambda numbers, step: [writer.add_scalar(name, value, step) for name, value in numbers.items()]
+        import wandb
+        session = wandb.init(
+            project='tinyzero-astarpo', name=out_dir, config=run.settings, id=run.tracker_id, resume='allow')
+        run.track, run.tracker_id = session.log, session.id
 
 
 def finish(run):
@@ -1251,27 +1231,36 @@ def finish(run):
     if rank:
         return
     result['accuracy_by_difficulty'], result['average_reward'] = result.pop('by_difficulty'), result.pop('reward')
-    steps = [row for row in read_log(os.path.join(out_dir, LOGS[0])) if 'seconds_rollout' in row]
+    rows = read_log(os.path.join(out_dir, LOGS[0]))
+    steps = [row for row in rows if 'seconds_rollout' in row]
+    evaluations = [[row['step'], row['seconds'], row['accuracy']] for row in rows if row['phase'] == 'evaluation']
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=os.path.dirname(os.path.abspath(__file__)),
                          capture_output=True, text=True) # through the shell, because there may be no git
     summary = dict(
         task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
         steps=run.step, seconds=round(60 * minutes, 1), device=device, ranks=world_size, settings=run.settings,
         **{f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 1) for part in PARTS},
-        threads=torch.get_num_threads(), git_commit=git.stdout.strip() or None,
+        evaluations=evaluations, threads=torch.get_num_threads(), **machine(), git_commit=git.stdout.strip() or None,
         versions=dict(python=platform.python_version(), torch=torch.__version__, numpy=np.__version__))
     with open(os.path.join(out_dir, 'results_summary.json'), 'w') as file:
         json.dump(summary, file, indent=2)
-    try:
-        plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
-    except Exception as error:
-        message = ' '.join(str(error).split())[:120]
-        print0(f"no curves.png: {message} (where matplotlib is missing: pip install matplotlib)")
     if run.best[0] > result['accuracy'] + 0.03:
         print0(f"the best evaluation was {run.best[0]:.3f}: checkpoint_step_{run.best[1]}.pt is kept")
     print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py "
            f"--checkpoint={shlex.quote(out_dir)}{files_of_code('task')}")
+
+
+def machine():
+    """Name the machine, and measure how many GFLOP/s it computes in a float32 matrix multiply."""
+    x, times = torch.randn(1024, 1024, device=device), []
+    for _ in range(4):
+        started = time.monotonic()
+        (x @ x)[0, 0].item() # waits for a GPU
+        times.append(time.monotonic() - started)
+    cpu = f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
+    name = torch.cuda.get_device_name() if device.startswith('cuda') else cpu
+    return dict(machine=name, gflops=round(2 * 1024 ** 3 / min(times) / 1e9))
 
 
 def print0(*words, **options):

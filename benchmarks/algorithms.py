@@ -3,6 +3,7 @@ A*PO against the algorithms it is compared with, from the same warmed-up base an
 responses.
 
     python benchmarks/algorithms.py                            # all of them: about nine hours on two cores
+    python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
@@ -33,6 +34,7 @@ from sample import COLORS, read_log
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4')
 BATCH, STAGE1 = 128, 2048 # responses
+SIZES = [f'--batch_size={BATCH}', '--num_train_samples=256', '--warmup_batch_size=16'] # on a GPU too
 PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
 # Each row: settings, and whether it has a stage 1.
 ALGORITHMS = {
@@ -63,6 +65,7 @@ def main():
     parser.add_argument('--seeds', type=int, default=8, help='fresh seeds of each algorithm')
     parser.add_argument('--only', default='', help='names of rows, with semicolons between them')
     parser.add_argument('--mine', default='', help='a file with a loss: see benchmarks/my_loss.py')
+    parser.add_argument('--base', default=f'{top}/assets/countdown_base.pt', help='the checkpoint to start from')
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side, one thread each')
     parser.add_argument('--dry_run', action='store_true')
     args = parser.parse_args()
@@ -119,8 +122,8 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
     files = [word.partition('=')[2] for word in settings if word.endswith('.py')] # a loss of one's own
     label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
     folder = os.path.join('out', 'algorithms', label)
-    command = [sys.executable, os.path.join(top, 'train.py'), f'--init_from={top}/assets/countdown_base.pt',
-               f'--out_dir={folder}', '--num_eval_samples=4000', *words]
+    command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
+               *SIZES, *words]
     return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
 
 
@@ -132,12 +135,13 @@ def take_all(plans, args):
         return
     os.makedirs(RESULTS, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for i, record in enumerate(pool.map(lambda one: take(*one), missing), 1):
+        for i, record in enumerate(pool.map(lambda one: take(*one, args.base), missing), 1):
             print(f"{i}/{len(missing)} {os.path.basename(record['folder'])}: {record['accuracy']:.1%}", flush=True)
 
 
-def take(path, folder, command, budget):
+def take(path, folder, command, budget, base):
     """Take one run, from its start, and write its record."""
+    command = [*command, f'--init_from={base}']
     if os.path.exists(folder): # a run that was stopped
         shutil.rmtree(folder)
     process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)

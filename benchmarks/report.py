@@ -1,0 +1,175 @@
+"""
+Write the tables of README.md and RESULTS.md that come from whole runs, and the first figure.
+
+    cp out/countdown/results_summary.json benchmarks/results/countdown-1.json   # one file a run: ROW-SEED.json
+    python benchmarks/report.py                                                 # write both pages
+    python benchmarks/report.py --check                                         # or only say whether they are up to date
+
+A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. Every run
+whose numbers are quoted leaves its results_summary.json in benchmarks/results/. A row is the mean over the
+runs of one command, with one response at temperature 1 to each held-out problem.
+"""
+import argparse
+import glob
+import json
+import os
+import statistics
+import sys
+
+from matplotlib.figure import Figure
+
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+RESULTS = os.path.join(top, 'benchmarks', 'results')
+# The runs' file names up to the seed, what a row of the README calls them, and their command.
+ROWS = {
+    'countdown': ('countdown: `python train.py`', 'torchrun --nproc_per_node=1 train.py --task=countdown'),
+    'countdown_gpu': ('countdown on a GPU, 45.7M parameters: `python train.py`', 'python train.py'),
+    'multiplication': ('multiplication: `--task=multiplication`', 'torchrun --nproc_per_node=1 train.py --task=multiplication'),
+    'to99': ('numbers to 99: `--max_number=99 --warmup_steps=4000`', 'python train.py --max_number=99 --warmup_steps=4000'),
+    'smollm2_gpu': (
+        'SmolLM2-135M on a GPU, products of numbers to 40',
+        'python train.py --init_from=smollm2 --task=multiplication --max_factor=40 --learning_rate=2e-5 '
+        '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20'),
+    'apo': ('A\\*PO', 'python train.py --init_from=BASE'),
+    'grpo': ('GRPO, steps bounded as those of A\\*PO', 'python train.py --init_from=BASE --algorithm=grpo'),
+    'grpo_unbounded': ('GRPO', 'python train.py --init_from=BASE --algorithm=grpo --max_step_kl=0')}
+RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'to99', 'smollm2_gpu')
+PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--check', action='store_true', help='write nothing, and fail where a table differs')
+    check, stale = parser.parse_args().check, []
+    for page, names in PAGES.items():
+        path = os.path.join(top, page)
+        with open(path, encoding='utf-8') as file:
+            old = file.read()
+        new = filled(old, names)
+        if new != old and check:
+            stale.append(page)
+        elif new != old:
+            with open(path, 'w', encoding='utf-8') as file:
+                file.write(new)
+            print(f'wrote {page}')
+    if not check:
+        draw()
+    if stale:
+        sys.exit(f"error: {' and '.join(stale)} differ from benchmarks/results: run python benchmarks/report.py")
+
+
+def filled(page, names):
+    """Return a page with the tables of these names as the results give them. Raises ValueError where
+    the page has no place for one."""
+    for name in names:
+        start, end = f'<!-- table {name} -->\n', '<!-- end -->'
+        before, found, rest = page.partition(start)
+        if not found or end not in rest:
+            raise ValueError(f'no place for the table {name}')
+        page = before + start + '\n' + TABLES[name]() + '\n\n' + rest[rest.index(end):]
+    return page
+
+
+def runs_of(row):
+    """Return the summaries of a row's runs, by seed."""
+    paths = glob.glob(os.path.join(RESULTS, f'{row}-*.json'))
+    summaries = []
+    for path in sorted(paths, key=lambda path: int(path.rpartition('-')[2].removesuffix('.json'))):
+        with open(path, encoding='utf-8') as file:
+            summaries.append(json.load(file))
+    return summaries
+
+
+def table(heads, rows):
+    """Return a table in Markdown."""
+    lines = [heads, ['---'] * len(heads), *rows]
+    return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
+
+
+def percent(x, digits=1):
+    return f'{100 * x:.{digits}f}%'
+
+
+def spread(values):
+    """Return the mean of accuracies, and from where to where they go."""
+    mean = f'**{percent(statistics.mean(values))}**'
+    return mean if len(values) == 1 else f'{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})'
+
+
+def place(run):
+    """Name the machine of a run, as far as it is known."""
+    if run['device'].startswith('cuda'):
+        return run.get('machine') or 'GPU'
+    return f"{run['threads']} core{'s' * (run['threads'] > 1)}"
+
+
+def summary():
+    rows = []
+    for name in RUNS:
+        runs = runs_of(name)
+        before = statistics.mean(run['accuracy_after_warmup'] for run in runs)
+        minutes = statistics.median(run['seconds'] for run in runs) / 60
+        rows.append([f'{ROWS[name][0]}', percent(before), spread([run['accuracy'] for run in runs]), len(runs),
+                     f"{minutes:.0f}, {place(runs[0])}"])
+    return table(['task', 'after the warm-up', 'after A\\*PO', 'seeds', 'minutes, machine'], rows)
+
+
+def runs():
+    rows = []
+    for name in RUNS:
+        for run in runs_of(name):
+            low, high = run['interval_95']
+            rows.append([f'`{ROWS[name][1]}`', run['settings']['seed'], percent(run['accuracy_after_warmup']),
+                         percent(run['accuracy']), f'{100 * low:.1f} to {100 * high:.1f}', f"{run['length']:.0f}",
+                         percent(run['truncated']), f"{run['seconds'] / 60:.1f}, {place(run)}",
+                         (run['git_commit'] or '')[:7]])
+    heads = ['command', 'seed', 'after the warm-up', 'after A\\*PO', '95% interval', 'tokens', 'cut off',
+             'minutes, machine', 'commit']
+    return table(heads, rows)
+
+
+def difficulty():
+    rows = []
+    for name in RUNS:
+        runs = runs_of(name)
+        for group in runs[0]['accuracy_by_difficulty']:
+            shares = [run['accuracy_by_difficulty'][group] for run in runs]
+            rows.append([ROWS[name][0], group, spread(shares)])
+    return table(['task', 'problems', 'after A\\*PO'], rows)
+
+
+def algorithms():
+    rows = []
+    for name in ('apo', 'grpo', 'grpo_unbounded'):
+        if runs := runs_of(name):
+            rows.append([ROWS[name][0], f'`{ROWS[name][1]}`', spread([run['accuracy'] for run in runs]),
+                         ', '.join(percent(run['accuracy']) for run in runs)])
+    return table(['algorithm', 'command', 'accuracy', 'each seed'], rows)
+
+
+def draw():
+    """Draw the accuracy of the countdown runs against minutes."""
+    figure = Figure(figsize=(8, 3.6), layout='constrained')
+    axis = figure.subplots()
+    for name, color, label in (('countdown', '#0072B2', '0.8M parameters, one CPU core'),
+                               ('countdown_gpu', '#E69F00', '45.7M parameters, one H200')):
+        for run in runs_of(name):
+            warm = run['settings']['warmup_steps']
+            points = [(seconds / 60, 100 * accuracy, step > warm) for step, seconds, accuracy in run['evaluations']]
+            axis.plot(*zip(*[point[:2] for point in [(0, 0, False)] + points]), color=color, lw=1.2, alpha=0.8)
+            for minutes, accuracy, trained in points:
+                axis.plot(minutes, accuracy, 'o', color=color, ms=4.5, mfc=color if trained else 'white')
+        axis.plot([], [], color=color, label=label)
+    axis.plot([], [], 'o', color='gray', mfc='white', label='warm-up: imitation')
+    axis.plot([], [], 'o', color='gray', label='A*PO')
+    axis.set(xlabel='minutes', ylabel='held-out puzzles solved, %', ylim=(0, 102), xlim=(0, None))
+    axis.grid(alpha=0.3)
+    axis.legend(loc='lower right')
+    figure.savefig(os.path.join(top, 'assets', 'countdown.png'), dpi=110)
+
+
+TABLES = dict(summary=summary, runs=runs, difficulty=difficulty, algorithms=algorithms)
+
+
+if __name__ == '__main__':
+    main()
