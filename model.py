@@ -356,6 +356,7 @@ class Decoding:
 
     def __init__(self, model, prompts, max_new_tokens, temperature, ends, uniform):
         self.model, self.temperature, device = model, temperature, model.embed.weight.device
+        self.last = max_new_tokens - 1 # index that a token of a response may have
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)
         B, T = len(prompts), int(self.lengths.max()) + max_new_tokens
         padded = [prompt + [ends[0]] * (T - len(prompt)) for prompt in prompts]
@@ -387,13 +388,12 @@ class Decoding:
         logits = self.model.lm_head(self.model.trunk(unseen, self.cache)[:, -1])
         self.at += 1
         index = self.at - self.lengths[self.rows] # in the response; negative inside a prompt
-        last = self.uniform.size(1) - 1 # index that a response may have
-        sampled = sample_token(logits, self.temperature, self.uniform[self.rows, index.clamp(0, last)])
+        sampled = sample_token(logits, self.temperature, self.uniform[self.rows, index.clamp(0, self.last)])
         is_response = (index >= 0) & self.alive
         token = torch.where(is_response, sampled, self.tokens[self.rows, self.at]) # or the prompt's own
         self.tokens[self.rows, self.at], self.mask[self.rows, self.at] = token, is_response
         ended = is_response & (token[:, None] == self.ends).any(1)
-        self.alive &= ~ended & (index < last)
+        self.alive &= ~ended & (index < self.last)
 
     def step(self):
         """Sample the next token of each row. Python starts kernels more slowly than a GPU runs them,

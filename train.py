@@ -108,17 +108,17 @@ CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker
 # overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03)
-# What fits a GPU; pretrained weights: small steps, and pieces that leave room for the 150,000 logits
-# of a token; and such weights on a laptop, where a response takes a second.
+# What fits a GPU; pretrained weights: steps that max_step_kl shortens, and pieces that leave room for
+# the 150,000 logits of a token; and such weights on a laptop, where a response takes a second.
 GPU = dict(
     **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=2048,
     micro_batch_tokens=32768)
 PRETRAINED = dict(
-    warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=1e-6,
+    warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=2e-5,
     value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=512,
     max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 LAPTOP = PRETRAINED | dict(
-    max_steps=40, batch_size=32, learning_rate=2e-5, eval_interval=20, num_train_samples=32, num_responses_per_prompt=4,
+    max_steps=40, batch_size=32, eval_interval=20, num_train_samples=32, num_responses_per_prompt=4,
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')
