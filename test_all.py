@@ -1340,6 +1340,7 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--seed=-1'], "at least 0"), (['--eval_temperature=nan'], "at least 0"),
     (['--device=abacus'], "cannot use --device=abacus"),
     (['--device=meta'], "cannot use --device=meta"),
+    (['--num_examples=3'], "--num_examples is for pretrained weights"),
     (['--batch_size=1000000000000'], "below 2^31"),
     (['--init_from='], "must not be empty"),
     (['--batch_size=0.5'], "of type int"),

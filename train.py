@@ -838,19 +838,22 @@ def configure(argv):
     given = {setting: typed(setting, text, defaults, name) for setting, text in texts.items()} | paths
 
     stored = checkpoint['settings'] if checkpoint else {}
-    fits = dict(kind.defaults)
+    fits, pretrained = dict(kind.defaults), False
     device = given.get('device', stored['device'] if resuming else 'auto')
     device = pick_device(device, os.environ.get('LOCAL_RANK') or '0')
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
-        if isinstance(checkpoint['tokenizer'], dict): # pretrained, here or for an earlier run
+        pretrained = isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
+        if pretrained:
             fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
         kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
         fits |= dict(warmup_steps=0) | {setting: stored[setting] for setting in kept}
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
         fits = stored
+    if 'num_examples' in given and not pretrained:
+        fail("--num_examples is for pretrained weights: other models are not asked in words")
     settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)

@@ -76,7 +76,8 @@ def memory(name, ranks, micro_batch_tokens, rollout_rows, activation_checkpointi
     cache = 4 * config.n_layers * config.n_kv_heads * config.head_dim * min(rollout_rows, BATCH // ranks) * LENGTH
     outer = config.vocab_size * config.d_model * (1 if config.tie_embeddings else 2) # embedding and output weights
     computes = 8 * (outer + 2 * (P - outer) / config.n_layers) if cpu_offload or ranks > 1 else 2 * P
-    update, sampling = (2 * P, 2 * P) if cpu_offload else (P * (16 / ranks + 4), P * (12 / ranks + 4))
+    # weights, gradients, AdamW's two averages, the weights before the step; the copies that sample and are pi_ref
+    update, sampling = (2 * P, 2 * P) if cpu_offload else (P * (20 / ranks + 4), P * (12 / ranks + 4))
     return update + computes + micro_batch_tokens * per_token, sampling + cache
 
 
