@@ -1,0 +1,115 @@
+"""
+Milliseconds that one decoding step takes, for all rows together, and what share of the memory's bandwidth
+it uses; and on a GPU how many tokens a second an update computes, against a matrix multiply.
+
+    python benchmarks/decoding.py                             # on a GPU two minutes; on a CPU the small model only
+    python benchmarks/decoding.py --sizes small --rows 1 32 128
+
+Random weights, no response ends before the limit. On a GPU a step is recorded once and repeated
+(model.Decoding.step); the column beside it is the same step started by Python. The bytes that must move are
+the weights once and the keys and values so far; the bandwidth is that of a large copy, counted both ways.
+"""
+import argparse
+import os
+import statistics
+import sys
+import time
+
+import torch
+
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, top)
+from model import SIZES, Decoding, ModelConfig, Transformer, generate, token_logprobs
+from sample import pick_device, pick_dtype
+
+MODELS = {'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=384)} | SIZES
+PROMPT, TOKENS, LENGTH = 8, 256, 256 # of a prompt, sampled, and of a response in an update
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('--sizes', nargs='+', choices=MODELS, help='default: all on a GPU, small on a CPU')
+    parser.add_argument('--rows', nargs='+', type=int, default=[1, 32, 128, 1024])
+    args = parser.parse_args()
+    device = pick_device('auto')
+    on_gpu, dtype = device.startswith('cuda'), pick_dtype(device)
+    x = torch.empty(2 ** 31 if on_gpu else 2 ** 27, dtype=torch.uint8, device=device)
+    y = torch.empty_like(x)
+    bandwidth = 2 * x.numel() / seconds(lambda: y.copy_(x))
+    x = torch.randn(8192 if on_gpu else 1024, 8192 if on_gpu else 1024, device=device, dtype=getattr(torch, dtype))
+    rate = 2 * len(x) ** 3 / seconds(lambda: x @ x)
+    name = torch.cuda.get_device_name() if on_gpu else f'CPU, {torch.get_num_threads()} threads'
+    print(f'{name}, {dtype}: a copy moves {bandwidth / 1e9:,.0f} GB/s, a matrix multiply computes '
+          f'{rate / 1e12:.2f} TFLOP/s\n\n| model | rows | a step, ms | started by Python, ms | tokens/s | of the copy '
+          '|\n|---|---|---|---|---|---|')
+    for size in args.sizes or (MODELS if on_gpu else ['small']):
+        model = build(size, device).to(getattr(torch, dtype)).requires_grad_(False)
+        for rows in args.rows:
+            ours, plain = step_seconds(model, rows, Decoding.step), None
+            if on_gpu:
+                plain = step_seconds(model, rows, started_by_python)
+            config = model.config
+            keys_and_values = 2 * config.n_layers * config.n_kv_heads * config.head_dim * rows * (PROMPT + TOKENS / 2)
+            moved = (model.num_params() + keys_and_values) * model.embed.weight.element_size()
+            print(f'| {size} | {rows:,} | {1000 * ours:.2f} | {f"{1000 * plain:.2f}" if plain else "–"} '
+                  f'| {rows / ours:,.0f} | {moved / bandwidth / ours:.0%} |', flush=True)
+    if on_gpu:
+        print('\n| update, tokens in a piece | tokens/s | of the matrix multiply | GB |\n|---|---|---|---|')
+        for size, tokens in (('small', 131072), ('50m', 32768), ('50m', 131072), ('published', 131072)):
+            print_update(size, tokens, device, dtype, rate)
+
+
+def build(size, device):
+    torch.manual_seed(0)
+    return Transformer(ModelConfig(166, 900, qk_norm=True, **MODELS[size])).to(device)
+
+
+def seconds(work, repeat=10):
+    """Return the median of the seconds that some work takes."""
+    times = []
+    for _ in range(repeat + 2):
+        started = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[2:])
+
+
+def started_by_python(batch):
+    """Take a decoding step without a recorded one."""
+    batch.sample(batch.tokens[batch.rows[:, None], batch.at])
+
+
+def step_seconds(model, rows, step):
+    """Return the seconds of a decoding step, the mean over a whole response."""
+    own, Decoding.step = Decoding.step, step
+    prompts, uniform = [list(range(2, 2 + PROMPT))] * rows, torch.rand(rows, TOKENS)
+    once = seconds(lambda: generate(model, prompts, TOKENS, 1.0, [-1], uniform), repeat=3)
+    Decoding.step = own
+    return once / TOKENS
+
+
+def print_update(size, tokens, device, dtype, rate):
+    """Print how fast forward and backward are on responses of LENGTH tokens."""
+    model = build(size, device)
+    model.share_prefix = False
+    batch = torch.randint(0, 166, (tokens // LENGTH, LENGTH), device=device)
+    mask = torch.ones_like(batch, dtype=torch.bool)
+    mask[:, :PROMPT] = False
+
+    def update():
+        logprobs, _ = token_logprobs(model, batch, mask, 1.0, dtype)
+        (-logprobs.sum()).backward()
+        model.zero_grad()
+
+    torch.cuda.reset_peak_memory_stats()
+    once = seconds(update, repeat=5)
+    blocks = model.num_params() - model.embed.weight.numel()
+    flops = 6 * tokens * (blocks + LENGTH * model.config.d_model * model.config.n_layers) # attention looks half back
+    print(f'| {size}, {tokens:,} | {tokens / once:,.0f} | {flops / once / rate:.0%} '
+          f'| {torch.cuda.max_memory_allocated() / 1e9:.1f} |', flush=True)
+
+
+if __name__ == '__main__':
+    main()
