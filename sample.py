@@ -7,7 +7,8 @@ See what a trained model does.
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
 Takes the newest run under out/, one that came to its end before one that did not, else assets/countdown_trained.pt;
---checkpoint=PATH names another, a file, the folder of a run, or pretrained weights, which need a --task=.
+--checkpoint=PATH names another, a file, the folder of a run, or pretrained weights, which need a --task=. The settings
+of the task can be given too, such as --max_factor=40.
 
 Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
 one place where rewards are decided. Everything takes its settings as arguments.
@@ -15,6 +16,7 @@ one place where rewards are decided. Everything takes its settings as arguments.
 import argparse
 import contextlib
 import dataclasses
+import difflib
 import functools
 import glob
 import inspect
@@ -155,7 +157,7 @@ def pass_at_k(verdicts, n, k):
 # The command line
 
 def main():
-    args = parse_arguments()
+    args, texts = parse_arguments()
     if args.plot:
         with one_line('--plot'):
             plot_runs(args.plot, args.output)
@@ -165,7 +167,7 @@ def main():
     given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
     untrained = UNTRAINED if 'folder' in checkpoint else {}
     settings = checkpoint['settings'] = untrained | checkpoint['settings'] | given
-    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens)
+    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens, texts)
     if args.num_examples and isinstance(tokenizer, Tokenizer):
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples, progress='sampling',
@@ -187,6 +189,7 @@ def main():
 
 
 def parse_arguments():
+    """Return the arguments, and {name: text} of others, which the task may take."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
@@ -203,7 +206,7 @@ def parse_arguments():
     add('--device', default='auto', help='auto | cpu | cuda | mps')
     add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
     add('--output', default='curves.png', help='the picture that --plot writes')
-    args = parser.parse_args()
+    args, words = parser.parse_known_args()
     if args.eval and args.prompt is not None:
         fail("--eval grades held-out problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -211,7 +214,7 @@ def parse_arguments():
     least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
     if least < 0 or not math.isfinite(args.eval_temperature or 0):
         fail("--num_problems, --seed, --num_examples and --temperature must be at least 0")
-    return args
+    return args, read_arguments(words)
 
 
 def show(models, options, problems):
@@ -308,16 +311,16 @@ def plot_runs(folders, path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and one line for what goes wrong
 
-def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None):
+def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, texts={}):
     """Return the model, task and tokenizer of a checkpoint, ready to respond; `name` is what
-    messages call it. The file of a task is taken from task_name only: a checkpoint must not choose
-    what code runs."""
+    messages call it, texts are arguments for the task's class, {name: text}. The file of a task is
+    taken from task_name only: a checkpoint must not choose what code runs."""
     stored = checkpoint['task']
     if not stored and not task_name:
         fail(f"{name} was not trained here, so it needs --task=, such as --task=countdown")
     if stored.endswith('.py') and not task_name:
         fail(f"the task of {name} is a file, {stored}, and a checkpoint must not choose what runs: add --task={stored}")
-    task = make_task(task_name or stored, checkpoint['settings'])
+    task = make_task(task_name or stored, checkpoint['settings'], texts)
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
@@ -338,11 +341,46 @@ def weights_of(checkpoint, model):
     return ((p, checkpoint['model'][name]) for name, p in model.named_parameters())
 
 
-def make_task(name, settings):
-    """Return the task of that name, or of that file, with its parameters among the settings."""
+def parameters(kind):
+    """Return the parameters of a task's class with their defaults."""
+    return {name: p.default for name, p in inspect.signature(kind).parameters.items()}
+
+
+def read_arguments(argv):
+    """Return {name: text} of arguments such as --name=value and --name value."""
+    texts, words = {}, iter(argv)
+    for word in words:
+        name, equals, text = word.partition('=')
+        if not name.startswith('-'):
+            fail(f"{word!r} is no setting: write --name=value (python train.py --help lists all)")
+        texts[name.strip('-')] = text if equals or name in ('-h', '--help') else next(words, '')
+    return texts
+
+
+def typed(name, text, defaults, task_name, kind):
+    """Return a setting's text as the type of its default. One line and exit for a text that does
+    not fit, and for a name that is not among the defaults; then the message says what the task's
+    class takes."""
+    if name not in defaults:
+        close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
+        own = [f'--{setting}' for setting in parameters(kind)]
+        fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes "
+             f"{', '.join(own) or 'none of its own'})")
+    expected = type(defaults[name])
+    try:
+        return dict(true=True, false=False)[text.lower()] if expected is bool else expected(text)
+    except (KeyError, ValueError):
+        words = 'true or false' if expected is bool else f'of type {expected.__name__}'
+        fail(f"--{name} must be {words}, not {text!r}")
+
+
+def make_task(name, settings, texts={}):
+    """Return the task of that name, or of that file, with its parameters among the settings, or in
+    arguments {name: text}."""
     with one_line(f'--task={name}', ValueError, OSError):
         kind = find_task(name)
-        made = kind(**{k: settings[k] for k in inspect.signature(kind).parameters if k in settings})
+        settings = settings | {k: typed(k, text, parameters(kind), name, kind) for k, text in texts.items()}
+        made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
         made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it
         return made
 

@@ -1816,10 +1816,18 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
     assert os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'), (['--seed=-1'], '--seed'),
                          (['--temperature=nan'], '--temperature'), (['--num_samples=0'], 'at least 1'),
-                         (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'), (['--sed=3'], 'unrecognized'),
+                         (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'), (['--sed=3'], 'unknown setting --sed'),
                          (['--checkpoint=none.pt'], 'No such file')):
         said = ask(checkpoint, *wrong)
         assert said.startswith('error: ') and words in said and '\n' not in said
+
+
+def test_sample_takes_the_settings_of_the_task(ask):
+    checkpoint = f'--checkpoint={HERE}/assets/multiplication_base.pt'
+    asked = re.findall(r'What is (\d+) × (\d+)', ask(checkpoint, '--max_factor=9', '--num_problems=3'))
+    assert len(asked) == 3 and all(int(factor) <= 9 for pair in asked for factor in pair)
+    assert ask(checkpoint, '--max_factor=nine') == "error: --max_factor must be of type int, not 'nine'"
+    assert 'unknown setting --max_number (--task=multiplication takes --max_factor' in ask(checkpoint, '--max_number=9')
 
 
 def test_the_newest_finished_run_answers(ask, trained, tmp_path, monkeypatch):

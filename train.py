@@ -14,7 +14,6 @@ import contextlib
 import copy
 import ctypes
 import dataclasses
-import difflib
 import glob
 import inspect
 import json
@@ -44,8 +43,8 @@ from model import (
     SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, token_logprobs, trim)
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
-    make_task, make_tokenizer, one_line, open_model, pick_device, pick_dtype, plot_runs, read_log, respond,
-    run_script, summarize, weights_of)
+    make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
+    read_arguments, read_log, respond, run_script, summarize, typed, weights_of)
 from tasks import TASKS, PretrainedTokenizer, find_task
 
 # ---- settings: what the default run uses, countdown on a CPU; a task's `defaults` and what fits change some ------
@@ -807,10 +806,8 @@ def gather_lists(rows):
 def configure(argv):
     """Settle every setting and write them to this module, once: the block on top < the task's
     defaults < what fits the machine, pretrained weights or the checkpoint to start from < one that
-    is resumed < the command line.
-
-    Returns all settings, those of the task's class included, and the checkpoint to start from.
-    """
+    is resumed < the command line. Returns all of them, those of the task's class included, and the
+    checkpoint to start from."""
     read_cluster()
     texts = read_arguments(argv)
     paths = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in PATHS}
@@ -835,16 +832,17 @@ def configure(argv):
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
-    given = {setting: typed(setting, text, defaults, name) for setting, text in texts.items()} | paths
+    given = {setting: typed(setting, text, defaults, name, kind) for setting, text in texts.items()} | paths
 
-    stored = checkpoint['settings'] if checkpoint else {}
-    fits, pretrained = dict(kind.defaults), False
+    stored, fits = checkpoint['settings'] if checkpoint else {}, dict(kind.defaults)
+    pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
+    if 'num_examples' in given and not pretrained:
+        fail("--num_examples is for pretrained weights: other models are not asked in words")
     device = given.get('device', stored['device'] if resuming else 'auto')
     device = pick_device(device, os.environ.get('LOCAL_RANK') or '0')
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
-        pretrained = isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
         if pretrained:
             fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
         kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
@@ -852,8 +850,6 @@ def configure(argv):
         fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
     if resuming:
         fits = stored
-    if 'num_examples' in given and not pretrained:
-        fail("--num_examples is for pretrained weights: other models are not asked in words")
     settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
@@ -866,38 +862,6 @@ def configure(argv):
     if chosen and not resuming:
         print0('chosen for this task, machine or start:', ', '.join(chosen))
     return settings, checkpoint
-
-
-def parameters(kind):
-    """Return the parameters of a task's class with their defaults."""
-    return {name: p.default for name, p in inspect.signature(kind).parameters.items()}
-
-
-def read_arguments(argv):
-    """Return {name: text} of arguments such as --name=value and --name value."""
-    texts, words = {}, iter(argv)
-    for word in words:
-        name, equals, text = word.partition('=')
-        if not name.startswith('-'):
-            fail(f"{word!r} is no setting: write --name=value (python train.py --help lists all)")
-        texts[name.strip('-')] = text if equals or name in ('-h', '--help') else next(words, '')
-    return texts
-
-
-def typed(name, text, defaults, task_name):
-    """Return a setting's text as the type of its default. One line and exit for a text that does
-    not fit, and for a name that neither this file nor the task's class takes."""
-    if name not in defaults:
-        close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
-        own = [f'--{setting}' for setting in defaults if setting not in SETTINGS]
-        fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes "
-             f"{', '.join(own) or 'none of its own'})")
-    expected = type(defaults[name])
-    try:
-        return dict(true=True, false=False)[text.lower()] if expected is bool else expected(text)
-    except (KeyError, ValueError):
-        words = 'true or false' if expected is bool else f'of type {expected.__name__}'
-        fail(f"--{name} must be {words}, not {text!r}")
 
 
 def print_help(task_name):
