@@ -38,6 +38,7 @@ ROWS = {
         'python train.py --init_from=BASE --centre=False --reuse_stage1=False --max_step_kl=0 --beta2=1e-3 '
         '--fresh_prompts=False --grad_clip=500 --max_steps=80')}
 RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'to99', 'smollm2_gpu')
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}
 
 
@@ -95,9 +96,12 @@ def percent(x, digits=1):
 
 
 def spread(values):
-    """Return the mean of accuracies, and from where to where they go."""
-    mean = f'**{percent(statistics.mean(values))}**'
-    return mean if len(values) == 1 else f'{mean} ({100 * min(values):.1f} to {100 * max(values):.1f})'
+    """Return the mean of accuracies with its 95% interval over seeds (Student's t), and from where to
+    where they go."""
+    text = f'**{percent(statistics.mean(values))}**'
+    if len(values) in STUDENT:
+        text += f' ± {100 * STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5:.1f}'
+    return text if len(values) == 1 else f'{text} ({100 * min(values):.1f} to {100 * max(values):.1f})'
 
 
 def place(run):
