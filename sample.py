@@ -207,6 +207,8 @@ def parse_arguments():
     add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
     add('--output', default='curves.png', help='the picture that --plot writes')
     args, words = parser.parse_known_args()
+    if args.plot and words:
+        fail(f"--plot takes no {words[0]}")
     if args.eval and args.prompt is not None:
         fail("--eval grades held-out problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
@@ -258,20 +260,21 @@ def grade_held_out(models, options, path, count):
     print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
     target = os.path.join(os.path.dirname(path) if path.endswith('.pt') else '', 'sample_eval.json')
     with open(target, 'w') as file:
-        json.dump(dict(checkpoint=path, temperature=options['temperature'], num_samples=n,
-                       num_problems=len(verdicts), **result), file, indent=2)
+        own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
+        json.dump(dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), num_samples=n,
+                       temperature=options['temperature'], num_problems=len(verdicts), **result), file, indent=2)
     print(f'wrote {target}')
 
 
 def read_log(path):
-    """Return the rows of a JSON lines file, without lines that are damaged: a crash may have cut
+    """Return the rows of metrics.jsonl, without lines that are damaged: a crash may have cut
     one."""
     rows = []
     with open(path, errors='replace') as file:
         for line in file:
             with contextlib.suppress(ValueError):
                 rows.append(json.loads(line))
-    return rows
+    return [row for row in rows if isinstance(row, dict) and 'phase' in row]
 
 
 def plot_runs(folders, path):
@@ -352,7 +355,7 @@ def read_arguments(argv):
     for word in words:
         name, equals, text = word.partition('=')
         if not name.startswith('-'):
-            fail(f"{word!r} is no setting: write --name=value (python train.py --help lists all)")
+            fail(f"{word!r} is no setting: write --name=value (--help lists all)")
         texts[name.strip('-')] = text if equals or name in ('-h', '--help') else next(words, '')
     return texts
 
@@ -377,7 +380,7 @@ def typed(name, text, defaults, task_name, kind):
 def make_task(name, settings, texts={}):
     """Return the task of that name, or of that file, with its parameters among the settings, or in
     arguments {name: text}."""
-    with one_line(f'--task={name}', ValueError, OSError):
+    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
         kind = find_task(name)
         settings = settings | {k: typed(k, text, parameters(kind), name, kind) for k, text in texts.items()}
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
@@ -495,6 +498,8 @@ def run_script(main, lower):
         os._exit(0)
     except OSError as error: # a folder that cannot be written, a full disk
         sys.exit(f'error: {error.filename or "a file"}: {error.strerror or error}')
+    except MemoryError:
+        sys.exit(f'error: out of memory: lower {lower}')
     except RuntimeError as error:
         message = ' '.join(str(error).split())[:120]
         if re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):

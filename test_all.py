@@ -1656,7 +1656,7 @@ def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_p
         main('--init_from=resume', f'--out_dir={resumed}')
     main('--init_from=resume', f'--out_dir={resumed}', f'--algorithm={copy}')
     copy.write_text('def advantages(rewards): return rewards')
-    with pytest.raises(SystemExit, match="cannot use --algorithm=.*'loss'"):
+    with pytest.raises(SystemExit, match="cannot use --algorithm=.*defines no function `loss`"):
         main(f'--algorithm={copy}', f'--out_dir={tmp_path}/new')
 
 
@@ -1724,7 +1724,7 @@ def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, cap
     """Lines that were lost or are garbage, a last line that was cut, and a picture that cannot be written."""
     out = resumed_from(trained, 66, tmp_path / 'a$^$b') # matplotlib takes that for a formula
     rows = (out / 'metrics.jsonl').read_text().splitlines(keepends=True)
-    (out / 'metrics.jsonl').write_text(''.join(rows[:5]) + 'garbage\n' + ''.join(rows[9:40]) + rows[40][:20])
+    (out / 'metrics.jsonl').write_text(''.join(rows[:5]) + 'garbage\n[5]\n{"step": 6}\n' + ''.join(rows[9:40]) + rows[40][:20])
     os.makedirs(out / 'curves.png')
     main('--init_from=resume', f'--out_dir={out}')
     assert_same(trained, out)

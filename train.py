@@ -827,7 +827,7 @@ def configure(argv):
         if file.endswith('.py') and kind_of_file not in texts:
             fail(f"a checkpoint must not choose what code runs: its {kind_of_file} is a file, "
                  f"add --{kind_of_file}={file}")
-    with one_line(f'--task={name}', ValueError, OSError):
+    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
         kind = find_task(name)
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
@@ -867,7 +867,7 @@ def configure(argv):
 def print_help(task_name):
     """Print the settings with their comments, as they stand in this file and in the tasks' classes,
     and leave."""
-    with one_line(f'--task={task_name}', ValueError, OSError):
+    with one_line(f'--task={task_name}', ValueError, OSError, SyntaxError):
         kind = find_task(task_name)
     with open(__file__, encoding='utf-8') as file:
         print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
@@ -972,6 +972,8 @@ def find_algorithm(name):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
     with one_line(f'--algorithm={name}'):
         parts = runpy.run_path(os.path.expanduser(name), run_name='algorithm_file')
+        if not callable(parts.get('loss')):
+            raise ValueError('it defines no function `loss`')
         return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
                          parts.get('grouped', False), parts.get('per_token', False))
 
@@ -997,9 +999,9 @@ def claim(folder):
         fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
     except (ModuleNotFoundError, OSError): # some file systems have no locks
         pass
-    if init_from != 'resume' and (checkpoints(folder) or os.path.exists(os.path.join(folder, LOGS[0]))):
+    if init_from != 'resume' and (glob.glob('*.pt', root_dir=folder) or os.path.exists(os.path.join(folder, LOGS[0]))):
         fail(f"{folder} already holds a run: use another --out_dir, or --init_from=resume where a checkpoint was saved")
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.tmp')): # one was killed while it saved
+    for path in glob.glob(os.path.join(glob.escape(folder), '*.pt.tmp')): # one was killed while it saved
         os.remove(path)
     return lock
 
@@ -1065,7 +1067,11 @@ def restore(run, checkpoint):
     for name, size in zip(LOGS, checkpoint['logged']):
         if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
             log = os.path.join(out_dir, name)
-            os.truncate(log, min(size, os.path.getsize(log))) # what came later is logged again
+            held = os.path.getsize(log)
+            os.truncate(log, min(size, held)) # what came later is logged again
+            if held < size: # its end was lost: what is left of a line is no row
+                with open(log, 'a') as file:
+                    file.write('\n')
     print0(f"resuming at step {run.step}")
 
 
@@ -1219,7 +1225,8 @@ def finish(run):
 
 
 def machine():
-    """Name the machine, and measure how many GFLOP/s it computes in a float32 matrix multiply."""
+    """Name the machine, and measure how many GFLOP/s it computes in a matrix multiply, of float32 on
+    a CPU and of TF32 on a GPU."""
     x, times = torch.randn(1024, 1024, device=device), []
     for _ in range(4):
         started = time.monotonic()

@@ -75,13 +75,15 @@ def filled(page, names):
     return page
 
 
-def runs_of(row):
-    """Return the summaries of a row's runs, by seed."""
+def runs_of(row, least=1):
+    """Return the summaries of a row's runs, by seed. One line and exit where there are not that many."""
     paths = glob.glob(os.path.join(RESULTS, f'{row}-*.json'))
     summaries = []
     for path in sorted(paths, key=lambda path: int(path.rpartition('-')[2].removesuffix('.json'))):
         with open(path, encoding='utf-8') as file:
             summaries.append(json.load(file))
+    if len(summaries) < least:
+        sys.exit(f'error: {RESULTS} has no {row}-SEED.json')
     return summaries
 
 
@@ -149,7 +151,7 @@ def difficulty():
 def algorithms():
     rows = []
     for name in ('apo', 'grpo', 'grpo_unbounded', 'published'):
-        if runs := runs_of(name):
+        if runs := runs_of(name, least=0):
             rows.append([ROWS[name][0], f'`{ROWS[name][1]}`', spread([run['accuracy'] for run in runs]),
                          ', '.join(percent(run['accuracy']) for run in runs)])
     return table(['algorithm', 'command', 'accuracy', 'each seed'], rows)
