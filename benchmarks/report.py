@@ -161,7 +161,7 @@ def draw():
     """Draw the accuracy of the countdown runs against minutes."""
     figure = Figure(figsize=(8, 3.6), layout='constrained')
     axis = figure.subplots()
-    for name, color, label in (('countdown', '#0072B2', '0.8M parameters, one CPU core'),
+    for name, color, label in (('countdown', '#0072B2', '0.8M parameters, one or two CPU cores'),
                                ('countdown_gpu', '#E69F00', '45.7M parameters, one H200')):
         for run in runs_of(name):
             warm = run['settings']['warmup_steps']
