@@ -351,12 +351,12 @@ class Decoding:
     """
     The responses of a batch while they are sampled. No row is padded on the left: all stand at the
     same position, and a row whose prompt is longer than the shortest has its own tokens forced
-    until the prompt is used up. So the cache needs no mask. Rows that end leave the batch.
+    until the prompt is used up. So no row needs a mask of its own. Rows that end leave the batch.
     """
 
     def __init__(self, model, prompts, max_new_tokens, temperature, ends, uniform):
         self.model, self.temperature, device = model, temperature, model.embed.weight.device
-        self.last = max_new_tokens - 1 # index that a token of a response may have
+        self.last = max_new_tokens - 1 # index of a response's last token
         self.lengths = torch.tensor([len(p) for p in prompts], device=device)
         B, T = len(prompts), int(self.lengths.max()) + max_new_tokens
         padded = [prompt + [ends[0]] * (T - len(prompt)) for prompt in prompts]

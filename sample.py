@@ -377,12 +377,18 @@ def typed(name, text, defaults, task_name, kind):
         fail(f"--{name} must be {words}, not {text!r}")
 
 
+def task_class(name):
+    """Return the class of a task, by its name or file. One line and exit when there is none."""
+    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
+        return find_task(name)
+
+
 def make_task(name, settings, texts={}):
     """Return the task of that name, or of that file, with its parameters among the settings, or in
     arguments {name: text}."""
-    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
-        kind = find_task(name)
-        settings = settings | {k: typed(k, text, parameters(kind), name, kind) for k, text in texts.items()}
+    kind = task_class(name)
+    settings = settings | {k: typed(k, text, parameters(kind), name, kind) for k, text in texts.items()}
+    with one_line(f'--task={name}', ValueError, OSError):
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
         made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it
         return made

@@ -1724,7 +1724,8 @@ def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, cap
     """Lines that were lost or are garbage, a last line that was cut, and a picture that cannot be written."""
     out = resumed_from(trained, 66, tmp_path / 'a$^$b') # matplotlib takes that for a formula
     rows = (out / 'metrics.jsonl').read_text().splitlines(keepends=True)
-    (out / 'metrics.jsonl').write_text(''.join(rows[:5]) + 'garbage\n[5]\n{"step": 6}\n' + ''.join(rows[9:40]) + rows[40][:20])
+    garbage = 'garbage\n[5]\n{"step": 6}\n'
+    (out / 'metrics.jsonl').write_text(''.join(rows[:5]) + garbage + ''.join(rows[9:40]) + rows[40][:20])
     os.makedirs(out / 'curves.png')
     main('--init_from=resume', f'--out_dir={out}')
     assert_same(trained, out)
@@ -1817,8 +1818,8 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
     assert os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'), (['--seed=-1'], '--seed'),
                          (['--temperature=nan'], '--temperature'), (['--num_samples=0'], 'at least 1'),
-                         (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'), (['--sed=3'], 'unknown setting --sed'),
-                         (['--checkpoint=none.pt'], 'No such file')):
+                         (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'),
+                         (['--sed=3'], 'unknown setting --sed'), (['--checkpoint=none.pt'], 'No such file')):
         said = ask(checkpoint, *wrong)
         assert said.startswith('error: ') and words in said and '\n' not in said
 

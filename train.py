@@ -44,8 +44,8 @@ from model import (
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
-    read_arguments, read_log, respond, run_script, summarize, typed, weights_of)
-from tasks import TASKS, PretrainedTokenizer, find_task
+    read_arguments, read_log, respond, run_script, summarize, task_class, typed, weights_of)
+from tasks import TASKS, PretrainedTokenizer
 
 # ---- settings: what the default run uses, countdown on a CPU; a task's `defaults` and what fits change some ------
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
@@ -827,8 +827,7 @@ def configure(argv):
         if file.endswith('.py') and kind_of_file not in texts:
             fail(f"a checkpoint must not choose what code runs: its {kind_of_file} is a file, "
                  f"add --{kind_of_file}={file}")
-    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
-        kind = find_task(name)
+    kind = task_class(name)
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
@@ -867,8 +866,7 @@ def configure(argv):
 def print_help(task_name):
     """Print the settings with their comments, as they stand in this file and in the tasks' classes,
     and leave."""
-    with one_line(f'--task={task_name}', ValueError, OSError, SyntaxError):
-        kind = find_task(task_name)
+    kind = task_class(task_name)
     with open(__file__, encoding='utf-8') as file:
         print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
     for its_class in {**dict.fromkeys(TASKS.values()), kind: None}:

@@ -24,8 +24,10 @@ RESULTS = os.path.join(top, 'benchmarks', 'results')
 ROWS = {
     'countdown': ('countdown: `python train.py`', 'torchrun --nproc_per_node=1 train.py --task=countdown'),
     'countdown_gpu': ('countdown on a GPU, 45.7M parameters: `python train.py`', 'python train.py'),
-    'multiplication': ('multiplication: `--task=multiplication`', 'torchrun --nproc_per_node=1 train.py --task=multiplication'),
-    'to99': ('numbers to 99: `--max_number=99 --warmup_steps=4000`', 'python train.py --max_number=99 --warmup_steps=4000'),
+    'multiplication': (
+        'multiplication: `--task=multiplication`', 'torchrun --nproc_per_node=1 train.py --task=multiplication'),
+    'to99': (
+        'numbers to 99: `--max_number=99 --warmup_steps=4000`', 'python train.py --max_number=99 --warmup_steps=4000'),
     'smollm2_gpu': (
         'SmolLM2-135M on a GPU, products of numbers to 40',
         'python train.py --init_from=smollm2 --task=multiplication --max_factor=40 --learning_rate=2e-5 '
@@ -93,8 +95,8 @@ def table(heads, rows):
     return '\n'.join('| ' + ' | '.join(map(str, line)) + ' |' for line in lines)
 
 
-def percent(x, digits=1):
-    return f'{100 * x:.{digits}f}%'
+def percent(x):
+    return f'{100 * x:.1f}%'
 
 
 def spread(values):
@@ -113,18 +115,20 @@ def place(run):
     return f"{run['threads']} core{'s' * (run['threads'] > 1)}"
 
 
+# The tables, each under its name in TABLES.
+
 def summary():
     rows = []
     for name in RUNS:
         runs = runs_of(name)
         before = statistics.mean(run['accuracy_after_warmup'] for run in runs)
         minutes = statistics.median(run['seconds'] for run in runs) / 60
-        rows.append([f'{ROWS[name][0]}', percent(before), spread([run['accuracy'] for run in runs]), len(runs),
+        rows.append([ROWS[name][0], percent(before), spread([run['accuracy'] for run in runs]), len(runs),
                      f"{minutes:.0f}, {place(runs[0])}"])
     return table(['task', 'after the warm-up', 'after A\\*PO', 'seeds', 'minutes, machine'], rows)
 
 
-def runs():
+def every_run():
     rows = []
     for name in RUNS:
         for run in runs_of(name):
@@ -178,7 +182,7 @@ def draw():
     figure.savefig(os.path.join(top, 'assets', 'countdown.png'), dpi=110)
 
 
-TABLES = dict(summary=summary, runs=runs, difficulty=difficulty, algorithms=algorithms)
+TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, algorithms=algorithms)
 
 
 if __name__ == '__main__':
