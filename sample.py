@@ -175,11 +175,13 @@ def main():
     print(f"{path}: {args.task or checkpoint['task']}, {model.num_params():,} parameters, "
           f"step {checkpoint['step']}, temperature {settings['eval_temperature']}")
     with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
-        if args.eval:
-            return grade_held_out(models, options, path, args.num_problems or 2000)
         if args.prompt is not None:
             return show(models, options, [task.parse(args.prompt)])
-        show(models, options, held_out_problems(task, args.num_problems or 5))
+        problems = (read_problems(args.problems, task)[:args.num_problems or None] if args.problems else
+                    held_out_problems(task, args.num_problems or (2000 if args.eval else 5)))
+        if args.eval:
+            return grade_problems(models, options, path, problems, args.problems or 'held out')
+        show(models, options, problems)
     with contextlib.suppress(EOFError, KeyboardInterrupt): # how people leave a prompt
         while sys.stdin.isatty() and (text := input('\na problem of yours (empty line to leave): ')):
             try:
@@ -197,7 +199,8 @@ def parse_arguments():
     add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
-    add('--num_problems', type=int, default=0, help='held-out problems (default: 5, --eval 2000)')
+    add('--problems', help='a file of problems, one a line, instead of held-out ones: as typed, or {"nums":, "target":}')
+    add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval 2000, of a file all)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
     add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
     add('--max_new_tokens', type=int, help='longest response (default: that of the run)')
@@ -209,8 +212,8 @@ def parse_arguments():
     args, words = parser.parse_known_args()
     if args.plot and words:
         fail(f"--plot takes no {words[0]}")
-    if args.eval and args.prompt is not None:
-        fail("--eval grades held-out problems, --prompt asks one: choose")
+    if args.prompt is not None and (args.eval or args.problems):
+        fail("--eval and --problems take many problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         fail("--num_samples and --max_new_tokens must be at least 1")
     least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
@@ -248,11 +251,23 @@ def summary_line(verdicts, n):
     return f'{len(verdicts)} problem(s) x {n} response(s): accuracy {accuracy:.3f}' + ''.join(shares)
 
 
-def grade_held_out(models, options, path, count):
-    """Grade held-out problems. The numbers also go to sample_eval.json, beside a checkpoint of
-    ours, else into the current folder."""
+def read_problems(path, task):
+    """Return the problems of a file, one in each line as the task's parse reads it. One line and
+    exit when one cannot be read."""
+    problems = []
+    with one_line('--problems', OSError, UnicodeError), open(path, encoding='utf-8') as file:
+        lines = file.read().splitlines()
+    for i, line in enumerate(lines, start=1):
+        with one_line(f'{path}, line {i}', ValueError):
+            problems += [task.parse(line)] if line.strip() else []
+    return problems or fail(f"{path} holds no problems")
+
+
+def grade_problems(models, options, path, problems, source):
+    """Grade responses to problems, which are from that source. The numbers also go to
+    sample_eval.json, beside a checkpoint of ours, else into the current folder."""
     n = options['repeat']
-    rows = evaluate(*models, held_out_problems(models[1], count), **options)
+    rows = evaluate(*models, problems, **options)
     result = summarize(rows)
     correct = [row['correct'] for row in rows]
     verdicts = [int(sum(correct[i:i + n])) for i in range(0, len(rows), n)]
@@ -261,8 +276,9 @@ def grade_held_out(models, options, path, count):
     target = os.path.join(os.path.dirname(path) if path.endswith('.pt') else '', 'sample_eval.json')
     with open(target, 'w') as file:
         own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
-        json.dump(dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), num_samples=n,
-                       temperature=options['temperature'], num_problems=len(verdicts), **result), file, indent=2)
+        json.dump(dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), problems=source,
+                       num_problems=len(verdicts), num_samples=n, temperature=options['temperature'], **result),
+                  file, indent=2)
     print(f'wrote {target}')
 
 

@@ -305,15 +305,18 @@ class Countdown(Task):
                  min_numbers=3, # how many numbers at least
                  max_numbers=4, # how many at most, up to 6
                  max_number=20, # numbers are drawn from 1 to this
-                 max_target=100, # targets are drawn from 1 to this, among those that can be reached
+                 min_target=1, # targets are drawn from this
+                 max_target=100, # to this, among those that can be reached
                  partial_credit=0.0, # the most that a wrong answer earns that is almost there, below 1
                  ):
         if not 3 <= min_numbers <= max_numbers <= 6:
             raise ValueError(f"it takes 3 to 6 numbers, {min_numbers=} and {max_numbers=} do not fit")
-        if min(max_number, max_target) < 1 or not 0 <= partial_credit < 1:
-            raise ValueError(f"{max_number=} and {max_target=} must be at least 1, {partial_credit=} below 1")
+        if max_number < 1 or not 1 <= min_target <= max_target:
+            raise ValueError(f"{max_number=} and {min_target=} must be at least 1, {max_target=} no less than that")
+        if not 0 <= partial_credit < 1:
+            raise ValueError(f"{partial_credit=} must be at least 0 and below 1")
         self.min_numbers, self.max_numbers = min_numbers, max_numbers
-        self.max_number, self.max_target = max_number, max_target
+        self.max_number, self.min_target, self.max_target = max_number, min_target, max_target
         self.partial_credit = partial_credit
         # Demonstrations leave alone what would get larger than this, so that the model has fewer
         # sums to learn; 98% of the puzzles have a solution below it.
@@ -324,7 +327,7 @@ class Countdown(Task):
         while True:
             count = rng.integers(self.min_numbers, self.max_numbers + 1)
             numbers = tuple(map(int, rng.integers(1, self.max_number + 1, count)))
-            targets = sorted(v for v in reachable(tuple(sorted(numbers))) if 1 <= v <= self.max_target)
+            targets = sorted(v for v in reachable(tuple(sorted(numbers))) if self.min_target <= v <= self.max_target)
             if targets:
                 return CountdownProblem(numbers, targets[rng.integers(len(targets))])
 
@@ -337,7 +340,11 @@ class Countdown(Task):
                 'exactly once, with + - * / and parentheses?')
 
     def parse(self, text):
-        """Read '3 5 7 = 22'. Raises ValueError."""
+        """Read '3 5 7 = 22', or a row of a data set, '{"nums": [3, 5, 7], "target": 22}'. Raises
+        ValueError."""
+        if text.lstrip().startswith('{'):
+            row = json.loads(text)
+            text = f"{row.get('nums')} = {row.get('target')}".replace('[', '').replace(']', '')
         match = typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 

@@ -598,6 +598,8 @@ def test_countdown_is_drawn_as_promised():
     assert abs(np.mean([len(p.numbers) == 3 for p in problems]) - 0.5) < 0.03
     assert all(p.target in reachable(tuple(sorted(p.numbers))) and 1 <= p.target <= 100 for p in problems)
     assert {n for p in problems for n in p.numbers} == set(range(1, 21))
+    few = Countdown(min_target=40, max_target=42)
+    assert {few.problem(rng).target for _ in range(50)} == {40, 41, 42}
     ranks = []
     for p in problems:
         targets = sorted(v for v in reachable(tuple(sorted(p.numbers))) if 1 <= v <= 100)
@@ -1673,6 +1675,35 @@ def test_the_pages_say_what_the_results_say():
         report['filled']('no table', ['summary'])
 
 
+def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
+    """reproduce.py takes each run once, continues one that was stopped, and compares it with the page."""
+    monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
+    import reproduce
+    commands = []
+    def take(command):
+        commands.append(command)
+        folder = next(word.partition('=')[2] for word in command if word.startswith('--out_dir='))
+        os.makedirs(folder, exist_ok=True)
+        (tmp_path / folder / 'results_summary.json').write_text('{"accuracy": 0.5}')
+        return types.SimpleNamespace(returncode=0)
+    def run_it(*arguments):
+        monkeypatch.setattr(sys, 'argv', ['reproduce.py', 'multiplication', '--seeds', '3', '7', *arguments])
+        reproduce.main()
+        return capsys.readouterr().out
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(reproduce, 'top', str(tmp_path))
+    monkeypatch.setattr(reproduce, 'RESULTS', str(tmp_path))
+    monkeypatch.setattr(subprocess, 'run', take)
+    assert '2 of 2 runs to do, about 0.7 hours' in run_it('--dry_run') and not commands
+    (tmp_path / 'out/reproduce/multiplication-7').mkdir(parents=True)
+    (tmp_path / 'out/reproduce/multiplication-7/checkpoint_step_20.pt').write_text('')
+    said = run_it('--keep')
+    assert 'seed 3: 50.0%, on the pages 99.9%' in said and 'seed 7: 50.0%, on the pages not there' in said
+    assert {'--task=multiplication', '--seed=3'} < {*commands[0]} and '--init_from=resume' in commands[1]
+    assert len(commands) == 2 and (tmp_path / 'multiplication-7.json').exists()
+    assert '0 of 2 runs to do' in run_it() and len(commands) == 2
+
+
 def test_the_benchmark_counts_responses_and_reads_its_records():
     it = runpy.run_path(f'{HERE}/benchmarks/algorithms.py', run_name='it')
     assert it['interquartile_mean']([0.0, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0, 9.0]) == pytest.approx(0.75)
@@ -1811,7 +1842,7 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
     checkpoint = f'--checkpoint={trained}/tinyzero_astarpo_final.pt'
     said = ask(checkpoint, '--prompt=3 * 4', '--num_samples=8')
     assert 'What is 3 × 4?' in said and 'pass@8' in said and 'verdict' in said
-    assert ask('--eval', '--prompt=3 * 4') == 'error: --eval grades held-out problems, --prompt asks one: choose'
+    assert '--prompt asks one: choose' in ask('--eval', '--prompt=3 * 4')
     assert 'accuracy' in ask(f'--checkpoint={trained}', '--eval', '--num_problems=10')
     assert json.load(open(f'{trained}/sample_eval.json'))['num_problems'] <= 10
     assert ask('--plot', trained, trained, f'--output={tmp_path}/both.png') == f'wrote {tmp_path}/both.png\n'
@@ -1821,6 +1852,20 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
                          (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'),
                          (['--sed=3'], 'unknown setting --sed'), (['--checkpoint=none.pt'], 'No such file')):
         said = ask(checkpoint, *wrong)
+        assert said.startswith('error: ') and words in said and '\n' not in said
+
+
+def test_sample_grades_the_problems_of_a_file(ask, tmp_path):
+    file = tmp_path / 'list.jsonl'
+    file.write_text('{"target": 22, "nums": [3, 5, 7]}\n\n3 5 7 = 22\n')
+    checkpoint = shutil.copy(f'{HERE}/assets/countdown_trained.pt', tmp_path)
+    assert ask(f'--checkpoint={checkpoint}', f'--problems={file}').count('3 5 7=22') == 2
+    ask(f'--checkpoint={checkpoint}', f'--problems={file}', '--eval', '--num_samples=4')
+    wrote = json.load(open(tmp_path / 'sample_eval.json'))
+    assert (wrote['problems'], wrote['num_problems'], wrote['count']) == (str(file), 2, 8) and wrote['accuracy'] > 0.5
+    for wrong, words in (('3 5 7', 'line 1'), ('\n{"nums": 5}', 'line 2'), ('{', 'line 1'), ('', 'no problems')):
+        file.write_text(wrong)
+        said = ask(f'--checkpoint={checkpoint}', f'--problems={file}')
         assert said.startswith('error: ') and words in said and '\n' not in said
 
 

@@ -1,0 +1,97 @@
+"""
+Repeat the runs behind the tables of README.md and RESULTS.md: each row's command with its seeds, one after another.
+
+    python benchmarks/reproduce.py --dry_run                       # what would run, and for how long
+    python benchmarks/reproduce.py                                 # every row that this machine can run
+    python benchmarks/reproduce.py countdown multiplication        # these rows, ROWS of report.py has all
+    python benchmarks/reproduce.py countdown --seeds 11 12 --keep  # other seeds, into benchmarks/results/ too
+
+The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed, so the
+command can be stopped and given again. Each new accuracy is printed beside the old one. With --keep the summaries
+replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
+"""
+import argparse
+import glob
+import json
+import os
+import shlex
+import shutil
+import statistics
+import subprocess
+import sys
+
+import torch
+
+from report import RESULTS, ROWS, runs_of, top
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument('rows', nargs='*', metavar='ROW', help=f"of {', '.join(ROWS)}")
+    parser.add_argument('--seeds', nargs='+', type=int, help='instead of those of the row')
+    parser.add_argument('--keep', action='store_true', help='copy the summaries into benchmarks/results/')
+    parser.add_argument('--dry_run', action='store_true', help='only say what there is to do')
+    args = parser.parse_args()
+    for row in args.rows:
+        if row not in ROWS:
+            parser.error(f"there is no row {row!r}, only {', '.join(ROWS)}")
+    os.chdir(top)
+    runs = [(row, seed) for row in args.rows or ROWS if args.rows or runs_here(row)
+            for seed in args.seeds or seeds_of(row)]
+    todo = [run for run in runs if not os.path.exists(os.path.join(folder_of(*run), 'results_summary.json'))]
+    minutes = sum(map(minutes_of, todo))
+    print(f'{len(todo)} of {len(runs)} runs to do, about {minutes / 60:.1f} hours at the speed of the runs in '
+          'benchmarks/results/', flush=True)
+    for row, seed in runs:
+        if args.dry_run:
+            print(f"{'to do' if (row, seed) in todo else 'done'}  {row} {seed}: {minutes_of((row, seed)):.0f} min")
+            continue
+        if (row, seed) in todo:
+            print(f'{row}, seed {seed}: about {minutes_of((row, seed)):.0f} min', flush=True)
+            take(row, seed)
+        compare(row, seed)
+        if args.keep:
+            shutil.copy(os.path.join(folder_of(row, seed), 'results_summary.json'),
+                        os.path.join(RESULTS, f'{row}-{seed}.json'))
+
+
+def folder_of(row, seed):
+    return os.path.join('out', 'reproduce', f'{row}-{seed}')
+
+
+def runs_here(row):
+    """Say whether a row was run on the kind of machine that this is."""
+    runs = runs_of(row, least=0)
+    return bool(runs) and runs[0]['device'].startswith('cuda') == torch.cuda.is_available()
+
+
+def seeds_of(row):
+    return [run['settings']['seed'] for run in runs_of(row, least=0)] or [1]
+
+
+def minutes_of(run):
+    """Return what a run of this row has taken, 0 where none is known."""
+    return statistics.median([run['seconds'] / 60 for run in runs_of(run[0], least=0)] or [0])
+
+
+def take(row, seed):
+    """Take a run, or continue it. One line and exit where it fails."""
+    folder = folder_of(row, seed)
+    words = shlex.split(ROWS[row][1].partition('train.py')[2])
+    command = [sys.executable, 'train.py', *words, f'--seed={seed}', f'--out_dir={folder}']
+    if glob.glob(os.path.join(folder, 'checkpoint_step_*.pt')):
+        command = [sys.executable, 'train.py', '--init_from=resume', f'--out_dir={folder}']
+    if subprocess.run(command).returncode:
+        sys.exit(f"error: this stopped, give the command again to continue it: {shlex.join(command)}")
+
+
+def compare(row, seed):
+    """Print what a run came to beside the accuracy on the pages."""
+    with open(os.path.join(folder_of(row, seed), 'results_summary.json')) as file:
+        new = json.load(file)
+    old = [f"{run['accuracy']:.1%}" for run in runs_of(row, least=0) if run['settings']['seed'] == seed]
+    print(f"{row}, seed {seed}: {new['accuracy']:.1%}, on the pages {old[0] if old else 'not there'}", flush=True)
+
+
+if __name__ == '__main__':
+    main()
