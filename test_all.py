@@ -49,7 +49,7 @@ TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2
         '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32',
         '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--device=cpu',
         '--num_responses_per_prompt=4', '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
-SMALL = ['grid', 'equation', 'sorting'] # of examples/
+SMALL = ['grid', 'equation', 'sorting', 'searches'] # of examples/
 
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--master_port=0', '--rdzv_backend=c10d',
@@ -485,7 +485,7 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         assert len(tokenizer.encode(prompt)) <= task.longest_prompt
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
-    low, high = dict(countdown=(0.5, 0.75), grid=(0.5, 0.7)).get(name, (1, 1))
+    low, high = dict(countdown=(0.5, 0.75), grid=(0.5, 0.7), searches=(0.9, 1)).get(name, (1, 1))
     assert low <= np.mean([g.correct for g in grades]) <= high, "most tasks' demonstrations often fail"
     assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0
                for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
@@ -524,6 +524,21 @@ def test_countdown_demonstrations_write_only_what_is_true():
         if len(set(problem.numbers)) == 4:
             assert len(set(joins)) == len(joins), "nothing is tried twice"
     assert solved > 100
+
+
+def test_the_four_searches_differ_in_what_they_join_first():
+    task, rng = example('searches')(), np.random.default_rng(0)
+    for problem in (task.problem(rng) for _ in range(50)):
+        joins = [line for line, _ in task.search(problem) if ':' not in line] # 6)12/4=3 9 8
+        for first in '+-*/':
+            mine = [line for line, _ in task.search_by(problem, first) if ':' not in line]
+            assert sorted(mine) == sorted(joins) and mine == sorted(joins, key=lambda line: first not in line)
+            assert task.response(problem, first).startswith(f'{first}\n1)' if first in joins[0] else first)
+    task = example('searches')(successful=True)
+    pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(200))]
+    count = lambda text: len(Tokenizer(task.tokens).encode(text))
+    assert np.mean([count(text) < 200 and task.grade(problem, text).correct for problem, text in pairs]) > 0.8
+    assert {text[0] for _, text in pairs} == {*'+-*/'}
 
 
 def test_the_working_of_other_demonstrations_is_true():

@@ -1,22 +1,23 @@
 """
-What programs reach on the held-out countdown puzzles without learning, to read the accuracies by:
-random expressions, right when one of them is, and the demonstrations' search carried on without
-mistakes until a number of tokens.
+What programs reach on the held-out countdown puzzles without learning, to read the accuracies by: random expressions,
+right when one of them is; the demonstrations' search carried on without mistakes within a number of tokens; and the
+four searches of examples/searches.py, each alone, one at random, and the best one for each puzzle.
 
-    python benchmarks/search.py
+    python benchmarks/search.py                                    # half a minute
+    python benchmarks/search.py --min_numbers=5 --max_numbers=5    # it takes the settings of the task
 """
 import os
 import sys
 
 import numpy as np
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from sample import held_out_problems
-from tasks import Countdown, Tokenizer, evaluate
+top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, top)
+from sample import held_out_problems, make_task, read_arguments
+from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, evaluate, find_task
 
-task = Countdown()
+task = make_task('countdown', {}, read_arguments(sys.argv[1:]))
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
-problems = held_out_problems(task, 2000)
 
 
 def random_expression(numbers):
@@ -36,27 +37,38 @@ def tries_until_right(problem, most):
     return most + 1
 
 
-def tokens_until_right(problem):
-    """Count the tokens of the search, its last line without the steps; infinite if it fails."""
+def tokens_until_right(search):
+    """Count the tokens of the response that writes a search up to its solution and the answer; infinite if there is
+    none."""
     tokens = 0
-    for line, solution in task.search(problem):
-        tokens += len(tokenizer.encode(line + '\n'))
+    for line, solution in search:
         if solution:
-            return tokens
+            rest = ':' + ' '.join(solution.steps) + END_THINK + ANSWER + solution.text[1:-1] + END_ANSWER + EOS
+            return tokens + len(tokenizer.encode(line + rest))
+        tokens += len(tokenizer.encode(line + '\n'))
     return np.inf
 
 
-def row(name, needed, limit):
-    """Print the share of the problems that need no more than the limit."""
-    shares = [np.mean([n <= limit for p, n in zip(problems, needed) if task.difficulty(p) == group])
-              for group in ('3 numbers', '4 numbers')]
-    print(f'| {name} | {np.mean(np.array(needed) <= limit):.1%} | ' + ' | '.join(f'{s:.1%}' for s in shares) + ' |')
+def print_table(problems, unit, limits, rows):
+    """Print which shares of the problems need no more than each limit, by difficulty. The numbers of a row are
+    (..., problems)."""
+    kinds = [task.difficulty(problem) for problem in problems]
+    groups = {kind: [other == kind for other in kinds] for kind in sorted(set(kinds))}
+    print(f"\n| | {' | '.join(f'{kind}, {limit} {unit}' for kind in groups for limit in limits)} |")
+    print('|---' * (1 + len(groups) * len(limits)) + '|')
+    for name, needed in rows.items():
+        cells = [f'{np.mean(needed[..., group] <= limit):.1%}' for group in groups.values() for limit in limits]
+        print(f"| {name} | {' | '.join(cells)} |", flush=True)
 
 
-print('| | all | 3 numbers | 4 numbers |\n|---|---|---|---|')
-tries = [tries_until_right(p, 64) for p in problems]
-for limit in (1, 16, 64):
-    row(f'{limit} random expression{"s" * (limit > 1)}', tries, limit)
-tokens = [tokens_until_right(p) for p in problems]
-for limit in (100, 200, 400, 800):
-    row(f'the search, {limit} tokens', tokens, limit)
+problems = held_out_problems(task, 2000)
+print_table(problems, 'tries', (1, 16, 64), {
+    'random expressions': np.array([tries_until_right(problem, 64) for problem in problems])})
+print_table(problems, 'tokens', (100, 200, 400, 800), {
+    'the search': np.array([tokens_until_right(task.search(problem)) for problem in problems])})
+task = find_task(os.path.join(top, 'examples', 'searches.py'))()
+problems = held_out_problems(task, 2000)
+# the first line names the search and is two tokens
+needed = np.array([[2 + tokens_until_right(task.search_by(problem, first)) for problem in problems] for first in '+-*/'])
+print_table(problems, 'tokens', (100, 200, 400, 800), {f'{first} first': row for first, row in zip('+-*/', needed)} | {
+    'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})

@@ -1,11 +1,11 @@
 """
-Countdown with 4 numbers in at most 200 tokens, which is too little to try everything. The demonstrations search in one of four ways, and
-the first line of a response says which: the operator that joins two of the numbers first. None gives up, and none is guided, so
-imitation learns all four and chooses among them at random. Which one fits a puzzle is left for A*PO to find out.
+Countdown with 4 numbers in at most 200 tokens, which is too little to try everything. The demonstrations search in one
+of four ways, and the first line of a response says which: the operator that joins two of the numbers first. None gives
+up and none is guided, so imitation learns all four and chooses among them at random. Which one fits a puzzle is left
+for A*PO to find out.
 
     python train.py --task=examples/searches.py
     python train.py --task=examples/searches.py --successful=True --max_steps=0 --out_dir=out/successful   # to compare
-    python train.py --task=examples/searches.py --algorithm=grpo --init_from=BASE --out_dir=out/grpo
 """
 import itertools
 
@@ -13,7 +13,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, Countdown, Term, Tokenizer
 
 
 class Searches(Countdown):
-    defaults = dict(max_new_tokens=200, max_steps=192)
+    defaults = dict(warmup_steps=4000, max_new_tokens=200, max_steps=192)
 
     def __init__(self,
                  successful=False, # demonstrate only searches that end in time: imitation with a verifier
