@@ -865,11 +865,13 @@ def configure(argv):
 
 def print_help(task_name):
     """Print the settings with their comments, as they stand in this file and in the tasks' classes,
-    and leave."""
+    but with the values of this task's default run on this machine, and leave."""
     kind = task_class(task_name)
+    values = SETTINGS | dict(task=task_name) | kind.defaults | (GPU if torch.cuda.is_available() else {})
     with open(__file__, encoding='utf-8') as file:
-        print(__doc__ + file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0])
-    for its_class in {**dict.fromkeys(TASKS.values()), kind: None}:
+        block = file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0]
+    print(__doc__ + re.sub('(?m)^([a-z].*?) = .+? #', lambda line: f'{line[1]} = {values[line[1]]!r} #', block))
+    for its_class in {kind: None, **dict.fromkeys(TASKS.values())}:
         print(f'# {its_class.__name__}', f'# defaults: {its_class.defaults}', sep='\n')
         source = inspect.getsource(its_class.__init__) if parameters(its_class) else ''
         print(*[f'{name} = {value} # {comment}' for name, value, comment in re.findall(r'(\w+)=(.+?), # (.+)', source)],
