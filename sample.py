@@ -177,8 +177,10 @@ def main():
     with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
         if args.prompt is not None:
             return show(models, options, [task.parse(args.prompt)])
-        problems = (read_problems(args.problems, task)[:args.num_problems or None] if args.problems else
-                    held_out_problems(task, args.num_problems or (2000 if args.eval else 5)))
+        if args.problems is None:
+            problems = held_out_problems(task, args.num_problems or (2000 if args.eval else 5))
+        else:
+            problems = read_problems(args.problems, task, tokenizer)[:args.num_problems or None]
         if args.eval:
             return grade_problems(models, options, path, problems, args.problems or 'held out')
         show(models, options, problems)
@@ -198,8 +200,8 @@ def parse_arguments():
     add('--checkpoint', help='a checkpoint, the folder of a run, or pretrained weights (default: see above)')
     add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
-    add('--eval', action='store_true', help='grade held-out problems, write sample_eval.json')
-    add('--problems', help='a file of problems, one a line, instead of held-out ones: as typed, or {"nums":, "target":}')
+    add('--eval', action='store_true', help='grade held-out problems, or those of a file, write sample_eval.json')
+    add('--problems', help='a file of problems, one a line as typed (countdown: or {"nums":, "target":})')
     add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval 2000, of a file all)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
     add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
@@ -212,7 +214,7 @@ def parse_arguments():
     args, words = parser.parse_known_args()
     if args.plot and words:
         fail(f"--plot takes no {words[0]}")
-    if args.prompt is not None and (args.eval or args.problems):
+    if args.prompt is not None and (args.eval or args.problems is not None):
         fail("--eval and --problems take many problems, --prompt asks one: choose")
     if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
         fail("--num_samples and --max_new_tokens must be at least 1")
@@ -251,15 +253,17 @@ def summary_line(verdicts, n):
     return f'{len(verdicts)} problem(s) x {n} response(s): accuracy {accuracy:.3f}' + ''.join(shares)
 
 
-def read_problems(path, task):
+def read_problems(path, task, tokenizer):
     """Return the problems of a file, one in each line as the task's parse reads it. One line and
-    exit when one cannot be read."""
+    exit when one cannot be read, or asked."""
     problems = []
-    with one_line('--problems', OSError, UnicodeError), open(path, encoding='utf-8') as file:
+    with one_line('--problems', OSError, UnicodeError), open(os.path.expanduser(path), encoding='utf-8-sig') as file:
         lines = file.read().splitlines()
     for i, line in enumerate(lines, start=1):
         with one_line(f'{path}, line {i}', ValueError):
-            problems += [task.parse(line)] if line.strip() else []
+            if line.strip():
+                problems.append(task.parse(line))
+                tokenizer.encode(tokenizer.prompt(task, problems[-1]))
     return problems or fail(f"{path} holds no problems")
 
 

@@ -311,10 +311,10 @@ class Countdown(Task):
                  ):
         if not 3 <= min_numbers <= max_numbers <= 6:
             raise ValueError(f"it takes 3 to 6 numbers, {min_numbers=} and {max_numbers=} do not fit")
-        if max_number < 1 or not 1 <= min_target <= max_target:
-            raise ValueError(f"{max_number=} and {min_target=} must be at least 1, {max_target=} no less than that")
-        if not 0 <= partial_credit < 1:
-            raise ValueError(f"{partial_credit=} must be at least 0 and below 1")
+        if max_number < 1 or not 0 <= partial_credit < 1:
+            raise ValueError(f"{max_number=} must be at least 1, {partial_credit=} at least 0 and below 1")
+        if not 1 <= min_target <= max_target:
+            raise ValueError(f"targets cannot go from {min_target=} to {max_target=}")
         self.min_numbers, self.max_numbers = min_numbers, max_numbers
         self.max_number, self.min_target, self.max_target = max_number, min_target, max_target
         self.partial_credit = partial_credit
@@ -324,12 +324,13 @@ class Countdown(Task):
         self.tokens = TAGS + list('=+-*/():.\n') + [str(n) for n in range(self.largest + 1)]
 
     def problem(self, rng):
-        while True:
+        for _ in range(10000):
             count = rng.integers(self.min_numbers, self.max_numbers + 1)
             numbers = tuple(map(int, rng.integers(1, self.max_number + 1, count)))
             targets = sorted(v for v in reachable(tuple(sorted(numbers))) if self.min_target <= v <= self.max_target)
             if targets:
                 return CountdownProblem(numbers, targets[rng.integers(len(targets))])
+        raise ValueError(f"numbers to {self.max_number} seem to reach no target from {self.min_target} on")
 
     def prompt(self, problem):
         return f"{' '.join(map(str, problem.numbers))}={problem.target}{THINK}"
@@ -342,9 +343,9 @@ class Countdown(Task):
     def parse(self, text):
         """Read '3 5 7 = 22', or a row of a data set, '{"nums": [3, 5, 7], "target": 22}'. Raises
         ValueError."""
-        if text.lstrip().startswith('{'):
-            row = json.loads(text)
-            text = f"{row.get('nums')} = {row.get('target')}".replace('[', '').replace(']', '')
+        row = [re.search(field, text) for field in (r'"nums": *\[([0-9, ]+)\]', r'"target": *([0-9]+) *[,}]')]
+        if all(row):
+            text = f'{row[0][1]} = {row[1][1]}'
         match = typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 

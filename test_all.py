@@ -534,7 +534,7 @@ def test_the_four_searches_differ_in_what_they_join_first():
             mine = [line for line, _ in task.search_by(problem, first) if ':' not in line]
             assert sorted(mine) == sorted(joins) and mine == sorted(joins, key=lambda line: first not in line)
             assert task.response(problem, first).startswith(f'{first}\n1)' if first in joins[0] else first)
-    task = example('searches')(successful=True)
+    task = example('searches')(longest=200)
     pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(200))]
     count = lambda text: len(Tokenizer(task.tokens).encode(text))
     assert np.mean([count(text) < 200 and task.grade(problem, text).correct for problem, text in pairs]) > 0.8
@@ -615,6 +615,8 @@ def test_countdown_is_drawn_as_promised():
     assert {n for p in problems for n in p.numbers} == set(range(1, 21))
     few = Countdown(min_target=40, max_target=42)
     assert {few.problem(rng).target for _ in range(50)} == {40, 41, 42}
+    with pytest.raises(ValueError, match='numbers to 3 seem to reach no target from 100 on'):
+        Countdown(min_target=100, max_number=3).problem(rng)
     ranks = []
     for p in problems:
         targets = sorted(v for v in reachable(tuple(sorted(p.numbers))) if 1 <= v <= 100)
@@ -1696,28 +1698,35 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
     monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
     import reproduce
     commands = []
-    def take(command):
+    def start(command, **options):
         commands.append(command)
         folder = next(word.partition('=')[2] for word in command if word.startswith('--out_dir='))
-        os.makedirs(folder, exist_ok=True)
-        (tmp_path / folder / 'results_summary.json').write_text('{"accuracy": 0.5}')
-        return types.SimpleNamespace(returncode=0)
+        (tmp_path / folder).mkdir(parents=True, exist_ok=True)
+        for name in ('results_summary.json', 'tinyzero_astarpo_final.pt'):
+            (tmp_path / folder / name).write_text('{"accuracy": 0.5}')
+        return types.SimpleNamespace(returncode=int('--seed=8' in command), wait=lambda: None)
     def run_it(*arguments):
-        monkeypatch.setattr(sys, 'argv', ['reproduce.py', 'multiplication', '--seeds', '3', '7', *arguments])
+        monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
         reproduce.main()
         return capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, 'top', str(tmp_path))
     monkeypatch.setattr(reproduce, 'RESULTS', str(tmp_path))
-    monkeypatch.setattr(subprocess, 'run', take)
-    assert '2 of 2 runs to do, about 0.7 hours' in run_it('--dry_run') and not commands
+    monkeypatch.setattr(subprocess, 'Popen', start)
+    monkeypatch.setattr(signal, 'signal', lambda *arguments: None)
+    some = ['multiplication', '--seeds', '3', '7', '7']
+    assert '2 of 2 runs to do, about 0.7 hours' in run_it(*some, '--dry_run') and not commands
     (tmp_path / 'out/reproduce/multiplication-7').mkdir(parents=True)
     (tmp_path / 'out/reproduce/multiplication-7/checkpoint_step_20.pt').write_text('')
-    said = run_it('--keep')
+    said = run_it(*some, '--keep')
     assert 'seed 3: 50.0%, on the pages 99.9%' in said and 'seed 7: 50.0%, on the pages not there' in said
     assert {'--task=multiplication', '--seed=3'} < {*commands[0]} and '--init_from=resume' in commands[1]
     assert len(commands) == 2 and (tmp_path / 'multiplication-7.json').exists()
-    assert '0 of 2 runs to do' in run_it() and len(commands) == 2
+    assert '0 of 2 runs to do' in run_it(*some) and len(commands) == 2
+    run_it('apo', '--seeds', '1')
+    assert '--max_steps=0' in commands[2] and '--init_from=out/reproduce/base/tinyzero_astarpo_final.pt' in commands[3]
+    with pytest.raises(SystemExit, match='error: multiplication 8 did not end'):
+        run_it('multiplication', '--seeds', '8')
 
 
 def test_the_benchmark_counts_responses_and_reads_its_records():
@@ -1873,13 +1882,14 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
 
 def test_sample_grades_the_problems_of_a_file(ask, tmp_path):
     file = tmp_path / 'list.jsonl'
-    file.write_text('{"target": 22, "nums": [3, 5, 7]}\n\n3 5 7 = 22\n')
+    file.write_text('\ufeff{"target": 22, "nums": [3, 5, 7]}\r\n\n3 5 7 = 22\n', encoding='utf-8')
     checkpoint = shutil.copy(f'{HERE}/assets/countdown_trained.pt', tmp_path)
     assert ask(f'--checkpoint={checkpoint}', f'--problems={file}').count('3 5 7=22') == 2
     ask(f'--checkpoint={checkpoint}', f'--problems={file}', '--eval', '--num_samples=4')
     wrote = json.load(open(tmp_path / 'sample_eval.json'))
     assert (wrote['problems'], wrote['num_problems'], wrote['count']) == (str(file), 2, 8) and wrote['accuracy'] > 0.5
-    for wrong, words in (('3 5 7', 'line 1'), ('\n{"nums": 5}', 'line 2'), ('{', 'line 1'), ('', 'no problems')):
+    for wrong, words in (('3 5 7', 'line 1'), ('\n{"nums": 5}', 'line 2'), ('{', 'line 1'), ('', 'no problems'),
+                         ('3 5 7 = 999', 'line 1'), ('{"nums": [[3, 5], 7], "target": 22}', 'line 1')):
         file.write_text(wrong)
         said = ask(f'--checkpoint={checkpoint}', f'--problems={file}')
         assert said.startswith('error: ') and words in said and '\n' not in said

@@ -7,7 +7,8 @@ Repeat the runs behind the tables of README.md and RESULTS.md: each row's comman
     python benchmarks/reproduce.py countdown --seeds 11 12 --keep  # other seeds, into benchmarks/results/ too
 
 The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed, so the
-command can be stopped and given again. Each new accuracy is printed beside the old one. With --keep the summaries
+command can be stopped, by Ctrl-C too, and given again. Rows that start from BASE share the base of seed 1, which is
+trained first; smollm2 is the folder that examples/smollm2.py makes. Each new accuracy is printed beside the old one. With --keep the summaries
 replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
 """
 import argparse
@@ -16,6 +17,7 @@ import json
 import os
 import shlex
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -36,8 +38,9 @@ def main():
         if row not in ROWS:
             parser.error(f"there is no row {row!r}, only {', '.join(ROWS)}")
     os.chdir(top)
-    runs = [(row, seed) for row in args.rows or ROWS if args.rows or runs_here(row)
-            for seed in args.seeds or seeds_of(row)]
+    runs = dict.fromkeys((row, seed) for row in args.rows or ROWS if args.rows or runs_here(row)
+                         for seed in args.seeds or seeds_of(row))
+    failed = []
     todo = [run for run in runs if not os.path.exists(os.path.join(folder_of(*run), 'results_summary.json'))]
     minutes = sum(map(minutes_of, todo))
     print(f'{len(todo)} of {len(runs)} runs to do, about {minutes / 60:.1f} hours at the speed of the runs in '
@@ -48,11 +51,15 @@ def main():
             continue
         if (row, seed) in todo:
             print(f'{row}, seed {seed}: about {minutes_of((row, seed)):.0f} min', flush=True)
-            take(row, seed)
+            if not take(ROWS[row][1], seed, folder_of(row, seed)):
+                failed.append(f'{row} {seed}')
+                continue
         compare(row, seed)
         if args.keep:
             shutil.copy(os.path.join(folder_of(row, seed), 'results_summary.json'),
                         os.path.join(RESULTS, f'{row}-{seed}.json'))
+    if failed:
+        sys.exit(f"error: {', '.join(failed)} did not end, for the reasons above")
 
 
 def folder_of(row, seed):
@@ -74,15 +81,25 @@ def minutes_of(run):
     return statistics.median([run['seconds'] / 60 for run in runs_of(run[0], least=0)] or [0])
 
 
-def take(row, seed):
-    """Take a run, or continue it. One line and exit where it fails."""
-    folder = folder_of(row, seed)
-    words = shlex.split(ROWS[row][1].partition('train.py')[2])
-    command = [sys.executable, 'train.py', *words, f'--seed={seed}', f'--out_dir={folder}']
+def take(command, seed, folder):
+    """Take the run of a command, or continue it, and say whether it came to its end. A signal to stop goes to the run,
+    which saves itself, and ends this program too."""
+    base = 'out/reproduce/base/tinyzero_astarpo_final.pt'
+    if 'BASE' in command and not os.path.exists(base) and not take('train.py --max_steps=0', 1, os.path.dirname(base)):
+        return False
+    words = shlex.split(command.replace('BASE', base).partition('train.py')[2]) + [f'--seed={seed}']
     if glob.glob(os.path.join(folder, 'checkpoint_step_*.pt')):
-        command = [sys.executable, 'train.py', '--init_from=resume', f'--out_dir={folder}']
-    if subprocess.run(command).returncode:
-        sys.exit(f"error: this stopped, give the command again to continue it: {shlex.join(command)}")
+        words = ['--init_from=resume']
+    elif os.path.exists(folder): # it was killed before it saved anything
+        shutil.rmtree(folder)
+    run = subprocess.Popen([sys.executable, 'train.py', *words, f'--out_dir={folder}'], start_new_session=True)
+    stopped = []
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda number, frame: (stopped.append(number), run.send_signal(number)))
+    run.wait()
+    if stopped:
+        sys.exit('stopped: the same command continues')
+    return run.returncode == 0
 
 
 def compare(row, seed):

@@ -4,12 +4,13 @@ they repeat.
 
     python benchmarks/responses.py                # both models in assets/ on 500 held-out puzzles, half a minute
     python benchmarks/responses.py --read=100     # and the responses with reward 1 of the trained one, to be read
-    python benchmarks/responses.py --checkpoint out/budget --max_new_tokens=200 --min_numbers=4   # settings of the task too
+    python benchmarks/responses.py --checkpoint out/searches --task=examples/searches.py
+    python benchmarks/responses.py --min_numbers=5 --max_numbers=5       # it takes the settings of the task
 
 An attempt is a line of the search. The flawless search of the same puzzle (Countdown.search) says
 which lines are true and how often each may stand there: what is not among them is a mistake, what
-stands there once more is repeated. A second table says which operator comes first, by the target, where numbers are
-joined, and how many of those responses are right.
+stands there once more is repeated. For a model of examples/searches.py a second table says which
+search it chooses, by the target, and how many of those responses are right.
 """
 import argparse
 import collections
@@ -24,6 +25,7 @@ from tasks import END_THINK, evaluate
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--checkpoint', nargs='+', metavar='PATH', help='files, or folders of runs',
                     default=[f'{top}/assets/countdown_base.pt', f'{top}/assets/countdown_trained.pt'])
+parser.add_argument('--task', default='', help='the file of the task, where it is one')
 parser.add_argument('--num_problems', type=int, default=500)
 parser.add_argument('--max_new_tokens', type=int, help='default: that of the run')
 parser.add_argument('--read', type=int, default=0, help='print so many right responses of the last model')
@@ -55,7 +57,7 @@ for name in args.checkpoint:
     path = find_checkpoint(name)
     checkpoint = load_checkpoint(path)
     settings = checkpoint['settings']
-    model, task, tokenizer = load(checkpoint, path, texts=read_arguments(words))
+    model, task, tokenizer = load(checkpoint, path, task_name=args.task, texts=read_arguments(words))
     batch = respond(model, task, tokenizer, held_out_problems(task, args.num_problems), (settings['seed'], EVAL),
                     max_new_tokens=args.max_new_tokens or settings['max_new_tokens'],
                     temperature=settings['eval_temperature'])
@@ -70,8 +72,8 @@ for name in args.checkpoint:
             right.append(f"{tokenizer.prompt(task, problem)}{text}")
             count['no steps'] += not steps
             count['false step'] += not all(map(is_true, steps))
-        if len(problem.numbers) > 3:
-            begun.append((3 * (problem.target - 1) // task.max_target, lines[0], bool(correct)))
+        if lines[0] in {*'+-*/'}: # a search of examples/searches.py
+            begun.append((min(2, (problem.target - 1) // 33), lines[0], bool(correct)))
         true = collections.Counter(attempts(line for line, _ in task.search(problem)))
         written = collections.Counter(attempts(lines[:-1] if steps or truncated else lines)) # the last one is cut short
         count['attempts'] += written.total() + bool(steps)
@@ -82,13 +84,12 @@ for name in args.checkpoint:
     print(f"| {os.path.basename(name)} | {' | '.join(shares)} | {count['attempts'] / len(batch.texts):.1f} a response "
           f"| {count['repeated'] / count['attempts']:.1%} | {count['mistake'] / count['attempts']:.1%} "
           f"| {count['no steps']} of {len(right)} | {count['false step']} of {len(right)} |", flush=True)
-    for third in range(3) if begun else ():
+    for third, bounds in enumerate(('1 to 33', '34 to 66', '67 to 100')):
         cells, part = [], [(operator, verdict) for at, operator, verdict in begun if at == third]
         for operator in '+-*/':
             verdicts = [verdict for other, verdict in part if other == operator]
-            cells.append(f'{len(verdicts) / len(part):.0%}, {sum(verdicts) / max(1, len(verdicts)):.0%}')
-        bounds = f'{third * task.max_target // 3 + 1} to {(third + 1) * task.max_target // 3}'
-        choices.append(f"| {os.path.basename(name)} | {bounds} | {' | '.join(cells)} |")
+            cells.append(f'{len(verdicts) / max(1, len(part)):.0%}, {sum(verdicts) / max(1, len(verdicts)):.0%}')
+        choices += [f"| {os.path.basename(name)} | {bounds} | {' | '.join(cells)} |"] * bool(part)
 if choices:
     print('\n| model | target | + first, right | - first | * first | / first |\n' + '|---' * 6 + '|')
     print(*choices, sep='\n')

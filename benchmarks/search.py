@@ -4,7 +4,7 @@ right when one of them is; the demonstrations' search carried on without mistake
 four searches of examples/searches.py, each alone, one at random, and the best one for each puzzle.
 
     python benchmarks/search.py                                    # half a minute
-    python benchmarks/search.py --min_numbers=5 --max_numbers=5    # it takes the settings of the task
+    python benchmarks/search.py --min_numbers=5 --max_numbers=5    # the first two tables take the settings of the task
 """
 import os
 import sys
@@ -67,6 +67,7 @@ print_table(problems, 'tries', (1, 16, 64), {
 print_table(problems, 'tokens', (100, 200, 400, 800), {
     'the search': np.array([tokens_until_right(task.search(problem)) for problem in problems])})
 task = find_task(os.path.join(top, 'examples', 'searches.py'))()
+tokenizer = Tokenizer(task.tokens)
 problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
 needed = np.array([[2 + tokens_until_right(task.search_by(problem, first)) for problem in problems] for first in '+-*/'])

@@ -5,7 +5,7 @@ up and none is guided, so imitation learns all four and chooses among them at ra
 for A*PO to find out.
 
     python train.py --task=examples/searches.py
-    python train.py --task=examples/searches.py --successful=True --max_steps=0 --out_dir=out/successful   # to compare
+    python train.py --task=examples/searches.py --longest=200 --max_steps=0 --out_dir=out/successful   # to compare
 """
 import itertools
 
@@ -16,16 +16,16 @@ class Searches(Countdown):
     defaults = dict(warmup_steps=4000, max_new_tokens=200, max_steps=192)
 
     def __init__(self,
-                 successful=False, # demonstrate only searches that end in time: imitation with a verifier
+                 longest=0, # demonstrate a search of fewer tokens where there is one: imitation with a verifier; 0: any
                  ):
         super().__init__(min_numbers=4)
-        self.successful = successful
+        self.longest = longest
 
     def demonstration(self, problem, rng):
-        """Write the search by one of the four operators, to its end."""
+        """Write the search by one of the four operators, to its end, which is the answer."""
         for first in rng.permutation(list('+-*/')):
             text = self.response(problem, first)
-            if not self.successful or len(Tokenizer(self.tokens).encode(text)) < self.defaults['max_new_tokens']:
+            if not self.longest or len(Tokenizer(self.tokens).encode(text)) < self.longest:
                 break
         return text
 
