@@ -26,8 +26,9 @@ ROWS = {
     'countdown_gpu': ('countdown on a GPU, 45.7M parameters: `python train.py`', 'python train.py'),
     'multiplication': (
         'multiplication: `--task=multiplication`', 'torchrun --nproc_per_node=1 train.py --task=multiplication'),
-    'to99': (
-        'numbers to 99: `--max_number=99 --warmup_steps=4000`', 'python train.py --max_number=99 --warmup_steps=4000'),
+    'others': (
+        "others' puzzles: `--max_number=99 --min_target=10 --warmup_steps=8000`",
+        'python train.py --max_number=99 --min_target=10 --warmup_steps=8000'),
     'smollm2_gpu': (
         'SmolLM2-135M on a GPU, products of numbers to 40',
         'python train.py --init_from=smollm2 --task=multiplication --max_factor=40 --learning_rate=2e-5 '
@@ -39,7 +40,7 @@ ROWS = {
         'A\\*PO as published',
         'python train.py --init_from=BASE --centre=False --reuse_stage1=False --max_step_kl=0 --beta2=1e-3 '
         '--fresh_prompts=False --grad_clip=500 --max_steps=80')}
-RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'to99', 'smollm2_gpu')
+RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu')
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}
 
