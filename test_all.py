@@ -1353,7 +1353,7 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--dtype=int8'], "must be float32 or"),
     (['--algorithm=grpo', '--batch_size=12'], "a multiple of 8"),
     (['--algorithm=grpo', '--num_responses_per_prompt=1'], "at least 2"),
-    (['--partial_credit=1'], "partial_credit=1.0 below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
+    (['--partial_credit=1'], "partial_credit=1.0 at least 0 and below 1"), (['--min_numbers=5'], "3 to 6 numbers"),
     (['--max_number=0'], "at least 1"), (['--task=multiplication', '--max_factor=2'], "too few problems"),
     (['--task=multiplication', '--max_numbers=3'], "--task=multiplication takes --max_factor)"),
     ([f'--task={HERE}/examples/grid.py', '--max_numbers=3'], "takes none of its own"),
