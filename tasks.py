@@ -361,9 +361,13 @@ class Countdown(Task):
         `:14-2=12 12*7=84 84+13=97` says how, and the answer is that expression; else it is just the
         sum of the numbers. That it pays to search longer is left for A*PO to find out.
         """
-        lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else math.inf
-        answer = '+'.join(map(str, problem.numbers))
-        for line, solution in self.search(problem):
+        patience = rng.integers(1, 5) if rng.random() < 2 / 3 else math.inf
+        return self.response(problem, self.search(problem), patience)
+
+    def response(self, problem, search, patience=math.inf):
+        """Write a search up to its solution, or until it has had so many lines, and the answer."""
+        lines, answer = [], '+'.join(map(str, problem.numbers))
+        for line, solution in search:
             lines.append(line)
             patience -= ':' in line
             if solution:
@@ -389,23 +393,25 @@ class Countdown(Task):
         lines = [', '.join(re.sub('([-+*/=])', r' \1 ', step) for step in term.steps) for term in tries]
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{tries[-1].text[1:-1]}{END_ANSWER}'
 
-    def search(self, problem, pool=None, joined=()):
+    def search(self, problem, pool=None, joined=(), first=''):
         """
         Search from both ends, line by line, each with the solution that it found or None. `z ...:x
         y ...` sets one of three numbers, z, aside and lists what + - * / make of the target and z,
         which is what the other two would have to make, and what these do make. A number in both
         lists solves the puzzle. Of more than three numbers some are joined first: `6)12/4=3 9 8`
-        joins the sixth pair. Pair after pair has its turn, no solver guides the search. `pool` is
-        what is left of the numbers and `joined` the lines that say how, in a search within the
-        search.
+        joins the sixth pair. Pair after pair has its turn, those that the operator `first` joins
+        before all others; no solver guides the search. `pool` is what is left of the numbers and
+        `joined` the lines that say how, in a search within the search.
         """
         pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
         if len(pool) > 3:
-            for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1):
-                rest = [term for term in pool if term is not x and term is not y]
-                for term in self.joins(x, y):
-                    line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
-                    yield from self.search(problem, [term, *rest], [*joined, line])
+            joins = [(i, x, y, term) for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1)
+                     for term in self.joins(x, y)]
+            joins.sort(key=lambda join: first not in join[3].steps[-1]) # keeps the order of equals
+            for i, x, y, term in joins:
+                rest = [other for other in pool if other is not x and other is not y]
+                line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
+                yield from self.search(problem, [term, *rest], [*joined, line], first)
             return
         for line in joined:
             yield line, None

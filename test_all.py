@@ -531,14 +531,16 @@ def test_the_four_searches_differ_in_what_they_join_first():
     for problem in (task.problem(rng) for _ in range(50)):
         joins = [line for line, _ in task.search(problem) if ':' not in line] # 6)12/4=3 9 8
         for first in '+-*/':
-            mine = [line for line, _ in task.search_by(problem, first) if ':' not in line]
+            mine = [line for line, _ in task.search(problem, first=first) if ':' not in line]
             assert sorted(mine) == sorted(joins) and mine == sorted(joins, key=lambda line: first not in line)
-            assert task.response(problem, first).startswith(f'{first}\n1)' if first in joins[0] else first)
     task = example('searches')(longest=200)
     pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(200))]
     count = lambda text: len(Tokenizer(task.tokens).encode(text))
     assert np.mean([count(text) < 200 and task.grade(problem, text).correct for problem, text in pairs]) > 0.8
     assert {text[0] for _, text in pairs} == {*'+-*/'}
+    for problem, text in pairs:
+        line, _ = next(task.search(problem, first=text[0]))
+        assert text.startswith(f'{text[0]}\n{line}\n'), "the first line names the search"
 
 
 def test_the_working_of_other_demonstrations_is_true():

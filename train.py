@@ -871,7 +871,7 @@ def print_help(task_name):
     with open(__file__, encoding='utf-8') as file:
         block = file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0]
     print(__doc__ + re.sub('(?m)^([a-z].*?) = .+? #', lambda line: f'{line[1]} = {values[line[1]]!r} #', block))
-    for its_class in {kind: None, **dict.fromkeys(TASKS.values())}:
+    for its_class in dict.fromkeys([kind, *TASKS.values()]):
         print(f'# {its_class.__name__}', f'# defaults: {its_class.defaults}', sep='\n')
         source = inspect.getsource(its_class.__init__) if parameters(its_class) else ''
         print(*[f'{name} = {value} # {comment}' for name, value, comment in re.findall(r'(\w+)=(.+?), # (.+)', source)],

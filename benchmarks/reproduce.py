@@ -8,8 +8,8 @@ Repeat the runs behind the tables of README.md and RESULTS.md: each row's comman
 
 The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed, so the
 command can be stopped, by Ctrl-C too, and given again. Rows that start from BASE share the base of seed 1, which is
-trained first; smollm2 is the folder that examples/smollm2.py makes. Each new accuracy is printed beside the old one. With --keep the summaries
-replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
+trained first; smollm2 is the folder that examples/smollm2.py makes. Each new accuracy is printed beside the old one.
+With --keep the summaries replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
 """
 import argparse
 import glob
