@@ -148,7 +148,7 @@ class Attention(nn.Module):
         if config.qk_norm:
             self.q_norm, self.k_norm = (nn.RMSNorm(config.head_dim, config.norm_eps) for _ in range(2))
 
-    def forward(self, x, cos, sin, cache):
+    def forward(self, x, cos, sin, cache, lengths):
         B, T, _ = x.shape
         qkv = self.wqkv(x).view(B, T, -1, self.head_dim).transpose(1, 2) # (B, n_heads + 2 n_kv_heads, T, head_dim)
         *qk_heads, v_heads = self.heads
@@ -167,6 +167,10 @@ class Attention(nn.Module):
             scores = q @ k.transpose(-1, -2) * self.head_dim ** -0.5
             hidden = getattr(cache, 'hidden', None)
             y = (scores if hidden is None else scores + hidden).softmax(-1) @ v
+        elif lengths: # rows behind one another, and none sees another
+            rows = zip(*(part.split(lengths, dim=2) for part in (q, k, v)))
+            y = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True).transpose(1, 2)
+                           for row in rows], dim=1)
         else:
             # Behind tokens in the cache each sees all of these, and of its own what comes before it.
             past = k.size(2) - T
@@ -211,8 +215,8 @@ class Block(nn.Module):
         self.w_gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False) # gate and up in one matrix multiply
         self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
-    def forward(self, x, cos, sin, cache):
-        x = x + self.attn(self.attn_norm(x), cos, sin, cache)
+    def forward(self, x, cos, sin, cache, lengths):
+        x = x + self.attn(self.attn_norm(x), cos, sin, cache, lengths)
         gate, up = self.w_gate_up(self.mlp_norm(x)).chunk(2, dim=-1)
         return x + self.w_down(F.silu(gate) * up)
 
@@ -224,6 +228,7 @@ class Transformer(nn.Module):
         self.config = config
         self.recompute = False # keep of each block only its input for the backward pass, which computes the rest again
         self.share_prefix = True # compute once what all rows begin with
+        self.pack = True # on a CPU score rows without their padding
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.n_layers))
         self.norm = nn.RMSNorm(config.d_model, config.norm_eps)
@@ -239,6 +244,7 @@ class Transformer(nn.Module):
             self.lm_head.weight = self.embed.weight
         self.rotary_table(min(self.config.max_seq_len, 2048), device)
 
+    @torch.inference_mode(False) # training reads it too
     def rotary_table(self, length, device=None):
         """Tabulate cosines and sines of the first `length` positions."""
         angles = torch.outer(torch.arange(length), rotary_frequencies(self.config))
@@ -277,23 +283,24 @@ class Transformer(nn.Module):
         """Count every parameter, embeddings included (a tied one once)."""
         return sum(p.numel() for p in self.parameters())
 
-    def forward(self, tokens, cache=None, at=None):
+    def forward(self, tokens, cache=None, at=None, lengths=None):
         """
         Compute tokens (B, T) -> logits (B, T, vocab_size), values (B, T).
 
         With a cache, tokens are the positions that follow those in it. `at`, a boolean mask (B, T),
         asks for the logits of the marked positions only: logits (at.sum(), vocab_size), which
-        spares padding and prompts the widest matrix. Raises ValueError when the sequence is longer
-        than max_seq_len.
+        spares padding and prompts the widest matrix. With `lengths`, a list, tokens (1, sum of
+        lengths) are rows that stand behind one another without padding, and none sees another.
+        Raises ValueError when the sequence is longer than max_seq_len.
         """
-        x = self.trunk(tokens, cache)
+        x = self.trunk(tokens, cache, lengths)
         # The value head learns from what the policy knows but does not change it: no gradient flows
         # into the trunk.
         values = self.value_head(x.detach()).float().sum(-1) # (B, T); a squeeze is a view, which FSDP dislikes
         logits = self.lm_head(x if at is None else x[at])
         return logits, values
 
-    def trunk(self, tokens, cache=None):
+    def trunk(self, tokens, cache=None, lengths=None):
         """Compute all but the heads: tokens (B, T) -> (B, T, d_model)."""
         shared = shared_length(tokens) if self.share_prefix and cache is None else 0
         if shared:
@@ -301,17 +308,19 @@ class Transformer(nn.Module):
             first = self.trunk(tokens[:1, :shared], prefix) # (1, shared, d_model)
             rest = self.trunk(tokens[:, shared:], prefix)
             return torch.cat((first.expand(len(tokens), -1, -1), rest), dim=1)
-        end = tokens.size(1) + (cache.length if cache is not None else 0)
+        end = max(lengths or [tokens.size(1)]) + (cache.length if cache is not None else 0)
         if end > self.config.max_seq_len:
             raise ValueError(f"a sequence of {end} tokens does not fit max_seq_len={self.config.max_seq_len}")
         if end > self.cos_sin.size(1): # it grows with the sequences: for a million positions it would take gigabytes
             self.rotary_table(min(2 * end, self.config.max_seq_len), tokens.device)
         x = self.embed(tokens) # (B, T, d_model)
         where = cache.extend(tokens.size(1)) if cache is not None else slice(end)
+        if lengths: # positions start anew in each row
+            where = torch.cat([torch.arange(length) for length in lengths])
         cos, sin = self.cos_sin[:, where].to(x.dtype)
         for block in self.blocks:
-            x = block(x, cos, sin, cache) if not self.recompute or cache is not None else \
-                checkpoint(block, x, cos, sin, None, use_reentrant=False)
+            x = block(x, cos, sin, cache, lengths) if not self.recompute or cache is not None else \
+                checkpoint(block, x, cos, sin, None, lengths, use_reentrant=False)
         return self.norm(x)
 
 
@@ -333,16 +342,19 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
     batch = Decoding(model, prompts, max_new_tokens, temperature, ends, uniform)
-    batch.read(shortest)
-    for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
-        if watch:
-            watch(batch.tokens[:, :t + 1])
-        # A GPU is asked every few tokens only, because it has to stop and answer.
-        if t % 8 == 0 or not batch.tokens.is_cuda:
-            batch.drop_ended()
-        if len(batch.rows) == 0 or t == longest + max_new_tokens - 1:
-            break
-        batch.step()
+    # Without autograd's books a step of one row takes three quarters of the time. What is made inside can
+    # never be trained on: the tokens and the mask are made outside, and written to.
+    with torch.inference_mode():
+        batch.read(shortest)
+        for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
+            if watch:
+                watch(batch.tokens[:, :t + 1])
+            # A GPU is asked every few tokens only, because it has to stop and answer.
+            if t % 8 == 0 or not batch.tokens.is_cuda:
+                batch.drop_ended()
+            if len(batch.rows) == 0 or t == longest + max_new_tokens - 1:
+                break
+            batch.step()
     T = int(batch.mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
     return batch.tokens[:, :T], batch.mask[:, :T]
 
@@ -436,30 +448,44 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
     tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,). temperature divides
     the logits, as in sampling. dtype is the precision of the matrix multiplies.
     """
-    targets = mask[:, 1:] # the logits at position t are about the token at t + 1
+    inputs, targets = tokens[:, :-1], mask[:, 1:] # the logits at position t are about the token at t + 1
+    prompt_end = mask.int().argmax(1, keepdim=True) - 1
+    # A CPU computes rows behind one another; a GPU, which has to start each row's attention, side by side.
+    packed = model.pack and tokens.device.type == 'cpu' and not (model.share_prefix and shared_length(inputs))
     with torch.autocast(tokens.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
-        logits, values = model(tokens[:, :-1], at=targets)
+        if packed:
+            ends = row_lengths(targets)
+            inside = torch.arange(inputs.size(1)) < ends[:, None] # (B, T - 1), not padding
+            logits, values = model(inputs[inside][None], at=targets[inside][None], lengths=ends.tolist())
+            values = torch.zeros(inside.shape).masked_scatter(inside, values)
+        else:
+            logits, values = model(inputs, at=targets)
     logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
     by_token = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
-    prompt_end = mask.int().argmax(1, keepdim=True) - 1
     return by_token, values.gather(1, prompt_end).squeeze(1)
 
 
-def micro_batches(mask, micro_batch_tokens, at_least=1):
+def row_lengths(mask):
+    """Return how many positions each row has up to its last one under the mask: (B, T) -> (B,)."""
+    return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
+
+
+def micro_batches(mask, micro_batch_tokens, at_least=1, packed=False):
     """
     Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with
-    their padding, where a row alone is not longer than that. mask (B, T) -> list of at_least or
-    more LongTensors of row indices.
+    their padding, or without it when `packed`, where a row alone is not longer than that. mask
+    (B, T) -> list of at_least or more LongTensors of row indices.
 
     Of all cuts of the rows, sorted by length, it takes the one that computes least, where a piece
     costs some tokens more than its own: filling piece by piece pads 2 to 5% more.
     """
-    lengths = (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1).cpu().numpy()
+    lengths = row_lengths(mask).cpu().numpy()
     order = lengths.argsort(kind='stable')
-    widths = -(-lengths[order] // 16) * 16 # as trim leaves them
+    widths = lengths[order] if packed else -(-lengths[order] // 16) * 16 # as trim leaves them
     cost, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
     for end in range(1, len(order) + 1): # the best cut of the first `end` rows, from those of fewer
-        cells = np.arange(end, 0, -1) * widths[end - 1] # of a last piece that starts at 0, 1, ... end - 1
+        # of a last piece that starts at 0, 1, ... end - 1
+        cells = widths[:end][::-1].cumsum()[::-1] if packed else np.arange(end, 0, -1) * widths[end - 1]
         cells[:-1] = np.where(cells[:-1] > micro_batch_tokens, 2 ** 60, cells[:-1])
         total = cost[:end] + cells + micro_batch_tokens // 16
         starts[end], cost[end] = total.argmin(), total.min()

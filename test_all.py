@@ -402,6 +402,27 @@ def test_sampling_follows_the_probabilities():
         and sample_token(logits, 1.0, torch.tensor([1 - 2 ** -24])).item() == 4
 
 
+@pytest.mark.parametrize('changes', [{}, dict(n_kv_heads=4, qk_norm=True)])
+def test_rows_behind_one_another_are_scored_as_side_by_side(changes, monkeypatch):
+    """Log-probabilities, values and gradients; and no padding is computed."""
+    model, results, computed = small_model(**changes), [], []
+    torch.nn.init.normal_(model.value_head.weight)
+    tokens, mask = generate(model, PROMPTS, 40, 1.0, [1])
+    forward = model.blocks[0].forward
+    monkeypatch.setattr(model.blocks[0], 'forward', lambda x, *rest: computed.append(x.shape[:2]) or forward(x, *rest))
+    for model.pack in (True, False):
+        model.zero_grad()
+        logprobs, values = token_logprobs(model, tokens, mask, temperature=0.7)
+        (logprobs.square().sum() + values.sum()).backward()
+        results.append([logprobs, values, *(p.grad for p in model.parameters())])
+    lengths = [len(prompt) + int(marked.sum()) - 1 for prompt, marked in zip(PROMPTS, mask)]
+    assert computed == [(1, sum(lengths)), (len(PROMPTS), tokens.size(1) - 1)] and len(set(lengths)) > 4
+    for packed, padded in zip(*results):
+        assert (packed - padded).abs().max() < 1e-4 * padded.abs().max()
+    with pytest.raises(ValueError, match='65 tokens'):
+        model(torch.zeros(1, 70, dtype=torch.long), lengths=[5, 65])
+
+
 def test_logits_at_marked_positions_are_those_of_all_positions():
     model, tokens = small_model(), torch.randint(0, 30, (4, 10))
     marked = torch.rand(4, 10) < 0.4
@@ -431,6 +452,9 @@ def test_a_long_context_costs_no_memory_until_it_is_used():
         before = model(tokens[:, :20])[0]
         assert torch.equal(long(tokens)[0], model(tokens)[0]) and model.cos_sin.size(1) >= 3000
         assert torch.equal(model(tokens[:, :20])[0], before)
+    model = small_model(max_seq_len=4096)
+    generate(model, [tokens[0, :2990].tolist()], 4)
+    model(tokens)[0].sum().backward() # what sampling made longer serves training
 
 
 def test_activation_checkpointing_changes_no_gradient():
@@ -457,6 +481,11 @@ def test_micro_batches_hold_every_row_once_and_keep_to_their_size():
             assert torch.equal(torch.cat(pieces).sort().values, torch.arange(len(lengths)))
             assert all(len(rows) == 1 or len(rows) * -(-int(lengths[rows].max()) // 16) * 16 <= 256 for rows in pieces)
             assert len(pieces) >= at_least and all(len(rows) for rows in pieces)
+        pieces = micro_batches(mask, 256, packed=True)
+        assert torch.equal(torch.cat(pieces).sort().values, torch.arange(len(lengths)))
+        sizes = [int(lengths[rows].sum()) for rows in pieces]
+        assert all(size <= 256 or len(rows) == 1 for size, rows in zip(sizes, pieces))
+        assert all(a + b > 256 for a, b in zip(sizes, sizes[1:])), "no piece more than are needed"
     mask = torch.arange(400) < torch.tensor([20] * 8 + [200])[:, None]
     assert [len(rows) for rows in micro_batches(mask, 256)] == [1, 8], "one long row does not pad the short ones"
     tokens = torch.arange(9 * 400).view(9, 400)
@@ -1270,7 +1299,7 @@ def test_resume_is_exact_with_an_optimizer_whose_state_holds_a_number(main, tmp_
 @pytest.mark.parametrize('algorithm', ['apo', pytest.param('grpo', marks=slow)])
 def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
     """Learning itself: from a warm-up that was cut short, some steps of A*PO (and of GRPO, to compare with)."""
-    main(*TINY, f'--algorithm={algorithm}', '--warmup_steps=70', '--max_steps=80', '--batch_size=64',
+    main(*TINY, f'--algorithm={algorithm}', '--warmup_steps=60', '--max_steps=80', '--batch_size=64',
          '--learning_rate=5e-4', '--eval_interval=100', f'--out_dir={tmp_path}/run')
     rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1

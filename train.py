@@ -461,10 +461,11 @@ def score(model, pieces, like):
 def pieces_of(tokens, mask):
     """Cut a batch into micro-batches, (rows, tokens, mask) each. Every rank gets equally many, or
     FSDP would hang."""
-    pieces = micro_batches(mask, micro_batch_tokens)
+    packed = device == 'cpu' and not compile
+    pieces = micro_batches(mask, micro_batch_tokens, packed=packed)
     most = int(all_reduce(len(pieces), dist.ReduceOp.MAX))
     if len(pieces) < most:
-        pieces = micro_batches(mask, micro_batch_tokens, at_least=most)
+        pieces = micro_batches(mask, micro_batch_tokens, most, packed)
     return [(rows, *trim(tokens[rows], mask[rows])) for rows in pieces]
 
 
@@ -581,6 +582,7 @@ def build(settings, checkpoint):
     model.recompute = activation_checkpointing
     # Where a forward is sharded, recomputed or compiled, all ranks and passes must take one way.
     model.share_prefix = not (world_size > 1 or cpu_offload or activation_checkpointing or compile)
+    model.pack = not compile
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
     run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers, other=find_algorithm(algorithm))

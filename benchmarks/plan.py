@@ -56,7 +56,7 @@ def activation_bytes(name, tokens=251):
         return x
 
     with torch.autocast('cpu', torch.bfloat16), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
-        y = block(torch.zeros(1, tokens, config.d_model, requires_grad=True), angle, angle, None)
+        y = block(torch.zeros(1, tokens, config.d_model, requires_grad=True), angle, angle, None, None)
     del y
     return sum(kept.values()) / tokens
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-from model import SIZES, ModelConfig, Transformer, micro_batches, token_logprobs, trim
+from model import SIZES, ModelConfig, Transformer, micro_batches, row_lengths, token_logprobs, trim
 from sample import EVAL, held_out_problems, load, load_checkpoint, respond
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +32,7 @@ args = parser.parse_args()
 
 
 def ours(model, tokens, mask, dtype):
-    for rows in micro_batches(mask, micro_batch_tokens):
+    for rows in micro_batches(mask, micro_batch_tokens, packed=True):
         logprobs, _ = token_logprobs(model, *trim(tokens[rows], mask[rows]), dtype=dtype)
         logprobs.sum().backward()
 
@@ -95,7 +95,6 @@ few = torch.arange(0, len(tokens), 8) # an eighth of the rows, for it is sixty t
 tokens, mask = trim(tokens[few], mask[few])
 model = Transformer(ModelConfig(model.config.vocab_size, model.config.max_seq_len, **SIZES['50m']))
 best = compare('50M', model, tokens, mask, 'bfloat16')
-cells = sum(trim(tokens[rows], mask[rows])[0].numel() for rows in micro_batches(mask, micro_batch_tokens))
-rate = 6 * model.num_params() * cells / best # attention, a few percent, is left out
-print(f'the 50M model computes {rate / 1e9:.0f} GFLOP/s, padding counted, where bfloat16 matrix multiplies run at '
+rate = 6 * model.num_params() * row_lengths(mask).sum() / best # attention, a few percent, is left out
+print(f'the 50M model computes {rate / 1e9:.0f} GFLOP/s, where bfloat16 matrix multiplies run at '
       f'{matmul_rate(torch.bfloat16) / 1e9:.0f} and float32 ones at {matmul_rate(torch.float32) / 1e9:.0f}')
