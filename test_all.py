@@ -1299,7 +1299,7 @@ def test_resume_is_exact_with_an_optimizer_whose_state_holds_a_number(main, tmp_
 @pytest.mark.parametrize('algorithm', ['apo', pytest.param('grpo', marks=slow)])
 def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
     """Learning itself: from a warm-up that was cut short, some steps of A*PO (and of GRPO, to compare with)."""
-    main(*TINY, f'--algorithm={algorithm}', '--warmup_steps=60', '--max_steps=80', '--batch_size=64',
+    main(*TINY, f'--algorithm={algorithm}', '--warmup_steps=50', '--max_steps=80', '--batch_size=64',
          '--learning_rate=5e-4', '--eval_interval=100', f'--out_dir={tmp_path}/run')
     rewards = [row['reward'] for row in metrics(tmp_path / 'run') if row['phase'] == algorithm]
     assert np.mean(rewards[-20:]) > np.mean(rewards[:10]) + 0.1

@@ -62,7 +62,7 @@ n_heads = 4 # attention heads
 n_kv_heads = 2 # heads of keys and values, shared by groups of attention heads: one samples faster, four learn faster
 d_ff = 384 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
-warmup_steps = 6000 # optimizer steps
+warmup_steps = 5000 # optimizer steps
 warmup_batch_size = 16 # demonstrations per step, over all ranks
 warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
 warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
@@ -565,8 +565,9 @@ def build(settings, checkpoint):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
     tokenizer = make_tokenizer(state, puzzles, init_from, num_examples)
     with one_line('these settings', ValueError, TypeError):
+        # Within a thousand positions the slow features of the usual rope_theta, 10,000, would hardly turn.
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
-            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, qk_norm=True)
+            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, rope_theta=1e3, qk_norm=True)
         if not pretrained: # the positions of our own models may grow
             config.max_seq_len = max(config.max_seq_len, puzzles.longest_prompt + max_new_tokens)
         try_problems(puzzles, tokenizer, config)
@@ -711,7 +712,7 @@ def make_optimizers(model, muon=False):
     groups = [dict(params=policy, name='policy'), dict(params=value_head, name='value_head')]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
     if muon:
-        optimizers += [Muon([dict(params=matrices, name='matrices')], dict(lr=0.0, momentum=0.95))]
+        optimizers += [Muon([dict(params=matrices, name='matrices')], dict(lr=0.0, momentum=0.9))]
     return optimizers
 
 
