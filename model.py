@@ -162,17 +162,17 @@ class Attention(nn.Module):
             k, v = cache.append(self.layer, k, v)
         if T == 1:
             # Decoding: the query heads that share a key head become the rows of one small matrix,
-            # nothing is copied. Fused attention is made for many queries: two batched products beat it.
+            # nothing is copied. Fused attention is made for many queries: two products beat it.
             q = q.view(B, k.size(1), -1, self.head_dim)
             scores = q @ k.transpose(-1, -2) * self.head_dim ** -0.5
             hidden = getattr(cache, 'hidden', None)
             y = (scores if hidden is None else scores + hidden).softmax(-1) @ v
         elif lengths: # rows behind one another, and none sees another
             rows = zip(*(part.split(lengths, dim=2) for part in (q, k, v)))
-            y = torch.cat([F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True).transpose(1, 2)
-                           for row in rows], dim=1)
+            parts = [F.scaled_dot_product_attention(*row, is_causal=True, enable_gqa=True) for row in rows]
+            y = torch.cat([part.transpose(1, 2) for part in parts], dim=1)
         else:
-            # Behind tokens in the cache each sees all of these, and of its own what comes before it.
+            # Behind tokens in the cache each sees all of these, and of its own what comes before.
             past = k.size(2) - T
             seen = torch.ones(T, past + T, dtype=torch.bool, device=x.device).tril(past) if past else None
             if past and x.is_cuda: # with a mask its fused kernels want as many heads of keys as of queries
@@ -342,8 +342,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
     batch = Decoding(model, prompts, max_new_tokens, temperature, ends, uniform)
-    # Without autograd's books a step of one row takes three quarters of the time. What is made inside can
-    # never be trained on: the tokens and the mask are made outside, and written to.
+    # Without autograd's books a step of one row takes three quarters of the time. What is made
+    # inside can never be trained on: the tokens and the mask are made outside, and written to.
     with torch.inference_mode():
         batch.read(shortest)
         for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
@@ -448,10 +448,13 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
     tokens, mask (B, T) -> (B, T) in float32, zero outside the mask, and (B,). temperature divides
     the logits, as in sampling. dtype is the precision of the matrix multiplies.
     """
-    inputs, targets = tokens[:, :-1], mask[:, 1:] # the logits at position t are about the token at t + 1
+    # The logits at position t are about the token at t + 1.
+    inputs, targets = tokens[:, :-1], mask[:, 1:]
     prompt_end = mask.int().argmax(1, keepdim=True) - 1
-    # A CPU computes rows behind one another; a GPU, which has to start each row's attention, side by side.
-    packed = model.pack and tokens.device.type == 'cpu' and not (model.share_prefix and shared_length(inputs))
+    # A CPU computes rows behind one another; a GPU, which has to start each row's attention, side
+    # by side.
+    shares = model.share_prefix and shared_length(inputs)
+    packed = model.pack and tokens.device.type == 'cpu' and not shares
     with torch.autocast(tokens.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
         if packed:
             ends = row_lengths(targets)

@@ -565,7 +565,8 @@ def build(settings, checkpoint):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
     tokenizer = make_tokenizer(state, puzzles, init_from, num_examples)
     with one_line('these settings', ValueError, TypeError):
-        # Within a thousand positions the slow features of the usual rope_theta, 10,000, would hardly turn.
+        # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
+        # hardly turn.
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, rope_theta=1e3, qk_norm=True)
         if not pretrained: # the positions of our own models may grow
