@@ -451,12 +451,8 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
     # The logits at position t are about the token at t + 1.
     inputs, targets = tokens[:, :-1], mask[:, 1:]
     prompt_end = mask.int().argmax(1, keepdim=True) - 1
-    # A CPU computes rows behind one another; a GPU, which has to start each row's attention, side
-    # by side.
-    shares = model.share_prefix and shared_length(inputs)
-    packed = model.pack and tokens.device.type == 'cpu' and not shares
     with torch.autocast(tokens.device.type, getattr(torch, dtype), enabled=dtype != 'float32'):
-        if packed:
+        if packs(model, inputs):
             ends = row_lengths(targets)
             inside = torch.arange(inputs.size(1)) < ends[:, None] # (B, T - 1), not padding
             logits, values = model(inputs[inside][None], at=targets[inside][None], lengths=ends.tolist())
@@ -466,6 +462,14 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
     logprobs = -F.cross_entropy(logits.float() / temperature, tokens[:, 1:][targets], reduction='none')
     by_token = torch.zeros(mask.shape, device=mask.device).masked_scatter(mask, logprobs)
     return by_token, values.gather(1, prompt_end).squeeze(1)
+
+
+def packs(model, tokens):
+    """Return whether rows (B, T) are scored behind one another, without their padding. A CPU does;
+    a GPU would have to start each row's attention; and what all rows begin with is computed once
+    where they stand side by side."""
+    shares = model.share_prefix and shared_length(tokens)
+    return model.pack and tokens.device.type == 'cpu' and not shares
 
 
 def row_lengths(mask):

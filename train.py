@@ -40,7 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 from apo import (
     ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
 from model import (
-    SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, token_logprobs, trim)
+    SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim)
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
@@ -222,7 +222,7 @@ def warm_up_step(run):
     tokens, mask = demonstrations(run) # (B, T)
     total_tokens = all_reduce(mask.sum())
     total_loss = 0.0
-    for _, *piece in pieces_of(tokens, mask):
+    for _, *piece in pieces_of(run.model, tokens, mask):
         logprobs, _ = token_logprobs(run.model, *piece, temperature, dtype)
         loss = -logprobs.sum() / total_tokens # the mean over all tokens of all ranks
         run.scaler.scale(loss * world_size).backward() # FSDP averages gradients over the ranks
@@ -314,7 +314,7 @@ def policy_step(run):
         batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
     started = time.monotonic()
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
-    pieces = pieces_of(batch.tokens, batch.mask) # micro-batches
+    pieces = pieces_of(run.model, batch.tokens, batch.mask) # micro-batches
 
     # The reference, and the warmed-up base, which is another model once the reference was
     # refreshed.
@@ -458,10 +458,10 @@ def score(model, pieces, like):
     return logprobs
 
 
-def pieces_of(tokens, mask):
+def pieces_of(model, tokens, mask):
     """Cut a batch into micro-batches, (rows, tokens, mask) each. Every rank gets equally many, or
     FSDP would hang."""
-    packed = device == 'cpu' and not compile
+    packed = packs(model, tokens)
     pieces = micro_batches(mask, micro_batch_tokens, packed=packed)
     most = int(all_reduce(len(pieces), dist.ReduceOp.MAX))
     if len(pieces) < most:
@@ -584,7 +584,7 @@ def build(settings, checkpoint):
     model.recompute = activation_checkpointing
     # Where a forward is sharded, recomputed or compiled, all ranks and passes must take one way.
     model.share_prefix = not (world_size > 1 or cpu_offload or activation_checkpointing or compile)
-    model.pack = not compile
+    model.pack = not compile # which would compile anew for each set of lengths
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
     run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers, other=find_algorithm(algorithm))

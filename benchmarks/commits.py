@@ -2,12 +2,12 @@
 How much faster is this working tree than an older commit? The same work by both, in turn: the median of the
 older commit's seconds, of ours, and of the ratio of each pair, with its least and greatest.
 
-    python benchmarks/commits.py e441012               # 12 minutes on two cores
+    python benchmarks/commits.py e441012               # five pairs, some two minutes each
     python benchmarks/commits.py e441012 --pairs=1     # a first look
 
-Decoding steps of random weights of the default size with so many rows (256 tokens, so 4 of every 5 read more than 50
-keys); the warm-up of the default run, of which the first steps do not count; steps of A*PO from
-assets/countdown_base.pt, of which the first does not count, because it may take the responses of stage 1.
+Decoding steps of random weights of the default size, 256 tokens for so many rows; the warm-up of the default run, of
+which the first steps do not count; steps of A*PO from assets/countdown_base.pt, of which the first does not count,
+because it may take the responses of stage 1.
 """
 import argparse
 import json
@@ -62,7 +62,8 @@ def measure(tree, which, folder):
     rows = train(tree, folder, '--warmup_steps=100', '--max_steps=0')[20:]
     seconds, tokens = (sum(row[name] for row in rows) for name in ('seconds_update', 'tokens'))
     result['1,000 tokens of warm-up, ms'] = 1e6 * seconds / tokens
-    rows = train(tree, folder, f'--init_from={tree}/assets/countdown_base.pt', '--max_steps=7', '--num_train_samples=16')[1:]
+    base = f'--init_from={tree}/assets/countdown_base.pt'
+    rows = train(tree, folder, base, '--max_steps=7', '--num_train_samples=16')[1:]
     result['sampling in a step of A*PO, s'] = statistics.mean(row['seconds_rollout'] for row in rows)
     result['reference and update in a step of A*PO, s'] = statistics.mean(
         row['seconds_reference'] + row['seconds_update'] for row in rows)

@@ -70,6 +70,7 @@ task = find_task(os.path.join(top, 'examples', 'searches.py'))()
 tokenizer = Tokenizer(task.tokens)
 problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
-needed = np.array([[2 + tokens_until_right(task.search(problem, first=first)) for problem in problems] for first in '+-*/'])
+needed = np.array([[2 + tokens_until_right(task.search(problem, first=first)) for problem in problems]
+                   for first in '+-*/'])
 print_table(problems, 'tokens', (100, 200, 400, 800), {f'{first} first': row for first, row in zip('+-*/', needed)} | {
     'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-from model import SIZES, ModelConfig, Transformer, micro_batches, row_lengths, token_logprobs, trim
+from model import SIZES, ModelConfig, Transformer, micro_batches, packs, row_lengths, token_logprobs, trim
 from sample import EVAL, held_out_problems, load, load_checkpoint, respond
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -32,7 +32,7 @@ args = parser.parse_args()
 
 
 def ours(model, tokens, mask, dtype):
-    for rows in micro_batches(mask, micro_batch_tokens, packed=True):
+    for rows in micro_batches(mask, micro_batch_tokens, packed=packs(model, tokens)):
         logprobs, _ = token_logprobs(model, *trim(tokens[rows], mask[rows]), dtype=dtype)
         logprobs.sum().backward()
 
