@@ -22,7 +22,7 @@ policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_
 the baseline, whatever V* is: a poor V* costs variance, not bias.
 
 Where train.py differs from the paper (RESULTS.md has what each bought; the paper is
-`--centre=False --reuse_stage1=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False
+`--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256
 --grad_clip=500`, whose clip never acts, as in its code):
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
     every step.
@@ -35,9 +35,8 @@ Where train.py differs from the paper (RESULTS.md has what each bought; the pape
     policy loses more than it learns (arXiv 2506.20520). A prompt that is never solved, V* = 0,
     has r - V* = 0 in the paper and teaches nothing. Here its failures are pushed up a little, and
     so is all that is easy, V* = 1.
-  - The responses of stage 1 serve the first steps, each once, with V* from the other responses to
-    the prompt: with its own reward in V* a response would count for less than it should. They are
-    a few steps old when they are used.
+  - Stage 1 is small, 32 prompts: it only gives the value head a start, which learns on from the
+    responses of stage 2.
   - beta2 is 0.01, not 0.001. A response that loops to the limit lies 100 nats or more from the
     reference: that now costs as much as a wrong answer, where it costs an ordinary response, a nat
     or two away, next to nothing.

@@ -306,7 +306,7 @@ def plot_runs(folders, path):
     for i, folder in enumerate(folders):
         name, color = os.path.basename(os.path.normpath(folder)), COLORS[i % len(COLORS)]
         rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-        steps = [row for row in rows if 'kl' in row and row['phase'] != 'reuse'] # whose responses are older
+        steps = [row for row in rows if 'kl' in row]
         evaluations = [row for row in rows if row['phase'] == 'evaluation']
         def curve(axis, rows, values, *style, **options):
             axis.plot([row['seconds'] / 60 for row in rows], values, *style, **options)

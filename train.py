@@ -68,7 +68,7 @@ warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; dec
 warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
-max_steps = 96 # steps after the warm-up, each on a batch of responses
+max_steps = 80 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
@@ -76,12 +76,11 @@ grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
-reuse_stage1 = True # the first steps regress on the responses of stage 1, each once; False: as published
 max_step_kl = 0.005 # a batch moves the policy by at most so much, in nats a response; 0: no bound
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
-num_train_samples = 256 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
+num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
 fresh_prompts = True # new prompts at every step with V* from the value head; False: those of stage 1 with their own V*
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
@@ -110,14 +109,14 @@ LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learnin
 # What fits a GPU; pretrained weights: steps that max_step_kl shortens, and pieces that leave room for
 # the 150,000 logits of a token; and such weights on a laptop, where a response takes a second.
 GPU = dict(
-    **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=2048,
+    **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=256,
     micro_batch_tokens=32768)
 PRETRAINED = dict(
     warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=2e-5,
-    value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=512,
+    value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=64,
     max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 LAPTOP = PRETRAINED | dict(
-    max_steps=40, batch_size=32, eval_interval=20, num_train_samples=32, num_responses_per_prompt=4,
+    max_steps=40, batch_size=32, eval_interval=20, num_train_samples=16, num_responses_per_prompt=4,
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from')
 LOGS = ('metrics.jsonl', 'samples.jsonl')
@@ -145,7 +144,6 @@ class Run:
     reference: Transformer = None # pi_ref, whole and frozen
     base: Transformer = None # the warmed-up model, for the KL that a refreshed reference would hide
     other: Algorithm = None # what takes the place of A*PO
-    stage1: object = None # this rank's responses of stage 1, for the first steps of stage 2
     stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
     evaluated: int = 0 # the step of the last evaluation
@@ -195,15 +193,13 @@ def main():
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {stage2_step}', one_in=8)
             save_checkpoint(run)
-        # Stage 1: the reference answers each prompt several times, which gives V*. These responses
-        # serve the first steps of stage 2, so a run that is resumed there samples them again.
-        reusing = stage2_step < reused_steps()
-        if algorithm == 'apo' and (run.stage1_values is None or reusing and run.stage1 is None):
+        # Stage 1: the reference answers each prompt several times, which gives V*.
+        if algorithm == 'apo' and run.stage1_values is None:
             estimate_values(run)
             save_checkpoint(run)
-        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, from then on with
-        # one fresh response per prompt.
-        report(run, 'reuse' if reusing else algorithm, policy_step(run))
+        # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, with one fresh
+        # response per prompt.
+        report(run, algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
             if not fresh_prompts:
@@ -259,9 +255,6 @@ def estimate_values(run):
     mine = share(num_train_samples)
     problems = [problem for problem, _ in run.task.training_problems((seed, STAGE1, 0), mine)]
     batch = rollout(run, respond, problems, STAGE1, mine.start * N, temperature, repeat=N)
-    run.stage1 = batch
-    if run.stage1_values is not None: # a run that was resumed has the rest
-        return
     local_rewards = batch.reward.view(-1, N) # (prompts of this rank, N)
     rewards = torch.tensor(gather_lists(local_rewards.tolist()), device=device)
     values = optimal_value(rewards, beta1) # (num_train_samples,)
@@ -307,11 +300,8 @@ def policy_step(run):
     Take one step of A*PO, or of an algorithm to compare it with: rollout, reference, loss,
     backward, clip, optimizer step. This is all of stage 2. Returns the step's metrics.
     """
-    if run.step - warmup_steps < reused_steps():
-        batch, stored_values = stage1_batch(run)
-    else:
-        problems, stored_values = stage2_problems(run)
-        batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
+    problems, stored_values = stage2_problems(run)
+    batch = rollout(run, respond, problems, TRAIN, share(batch_size).start, temperature)
     started = time.monotonic()
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
     pieces = pieces_of(run.model, batch.tokens, batch.mask) # micro-batches
@@ -394,25 +384,6 @@ def bound_step(run, before, pieces, old_logprobs):
     return step_kl
 
 
-def reused_steps():
-    """Return how many steps regress on the responses of stage 1."""
-    responses = num_train_samples * num_responses_per_prompt
-    reuse = algorithm == 'apo' and reuse_stage1 and num_responses_per_prompt > 1
-    return min(max_steps, responses // batch_size) if reuse else 0
-
-
-def stage1_batch(run):
-    """Return this rank's part of the responses of stage 1 that the current step regresses on, of as
-    many prompts as possible, and V* of each from the other responses to its prompt."""
-    rewards, N = run.stage1.reward.view(-1, num_responses_per_prompt), num_responses_per_prompt
-    others = [[j for j in range(N) if j != i] for i in range(N)]
-    values = torch.stack([optimal_value(rewards[:, places], beta1) for places in others], dim=1).flatten()
-    stride = len(values) // len(share(batch_size))
-    rows = slice(run.step - warmup_steps, stride * len(share(batch_size)), stride)
-    columns = {name: column[rows] for name, column in run.stage1._asdict().items() if torch.is_tensor(column)}
-    return run.stage1._replace(**columns, seconds=dict(rollout=0.0, grading=0.0)), values[rows]
-
-
 def stage2_problems(run):
     """Return this rank's problems of the current step, and their V* from stage 1, or None where the
     value head gives it."""
@@ -470,20 +441,17 @@ def pieces_of(model, tokens, mask):
 
 
 def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
-    """Let the policy answer this rank's problems: call sample.respond, or sample.evaluate, with its
-    current weights; `first` is the index of the first response in the batch of all ranks. Sampling
-    takes longest, so a signal to stop interrupts it."""
+    """Let the policy, or in stage 1 the reference, answer this rank's problems: call sample.respond,
+    or sample.evaluate, with its current weights; `first` is the index of the first response in the
+    batch of all ranks. Sampling takes longest, so a signal to stop interrupts it."""
     if run.rollout_model is not run.model:
         copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
-    model, step = run.rollout_model, run.step
-    if stream == STAGE1: # which is repeated when a run is resumed while steps regress on it
-        model = run.base if fresh_prompts else run.reference
-        step = warmup_steps if run.step - warmup_steps < reused_steps() else run.step
+    model = run.reference if stream == STAGE1 else run.rollout_model
     with contextlib.suppress(Stopped), on_device(model):
         if problems: # there may be more ranks than held-out problems
             result = function(
-                model, run.task, run.tokenizer, problems, (seed, stream, step), repeat, first=first,
+                model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat, first=first,
                 max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
                 watch=watch_signals, progress=name if rank == 0 else '')
     leave_if_asked(run)
@@ -1135,15 +1103,14 @@ def report(run, phase, metrics, every=1):
     record(run, LOGS[0], dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
     first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
     seconds = sum(value for name, value in metrics.items() if name.startswith('seconds_'))
-    new = run.step - first in (1, reused_steps() + 1) # steps of another kind
-    run.pace = seconds if new or not run.pace else 0.9 * run.pace + 0.1 * seconds
+    run.pace = seconds if run.step == first + 1 or not run.pace else 0.9 * run.pace + 0.1 * seconds
     if (run.step - first) % every == 0 or run.step in (first + 1, last):
         shown = dict(loss=3) if phase == 'warm-up' else dict(reward=3, accuracy=3, kl=2, length=0, truncated=2)
         print0(f"{phase} {run.step - first}/{last - first}",
                *[f'{name} {metrics[name]:.{digits}f}' for name, digits in shown.items()],
                f"{metrics['tokens'] / max(seconds, 1e-3):,.0f} tokens/s  {run.seconds / 60:.1f} min, "
                f"{run.pace * (last - run.step) / 60:.1f} min left", sep='  ')
-    if phase not in ('warm-up', 'reuse'): # whose responses are not the policy's
+    if phase != 'warm-up':
         hint(run, metrics)
 
 

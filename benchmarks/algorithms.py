@@ -33,13 +33,13 @@ from sample import COLORS, read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4')
-BATCH, STAGE1 = 128, 2048 # responses
-SIZES = [f'--batch_size={BATCH}', '--num_train_samples=256', '--warmup_batch_size=16'] # on a GPU too
+BATCH = 128 # responses
+SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
+OURS = ['--num_train_samples=32']
 PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
-# Each row: settings, and whether it has a stage 1.
 ALGORITHMS = {
-    'A*PO': [],
-    'A*PO as published': [*PLAIN, '--centre=False', '--reuse_stage1=False', '--fresh_prompts=False', '--grad_clip=500',
+    'A*PO': OURS,
+    'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False', '--grad_clip=500',
                           '--beta2=1e-3'],
     'GRPO': [*PLAIN, '--algorithm=grpo'],
     'RLOO': [*PLAIN, '--algorithm=rloo'],
@@ -50,13 +50,14 @@ TWICE = ('A*PO', 'GRPO', 'rejection sampling') # which are also given twice the 
 MANY = { # several updates per batch: where the ratio is not 1
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('grpo', 'cispo', 'gspo')} | {
-    f'A*PO, {updates} updates': [f'--updates_per_batch={updates}'] for updates in (2, 4)} | {
-    f'A*PO, {updates} updates, no bound': [*PLAIN, f'--updates_per_batch={updates}'] for updates in (2, 4)}
-ABLATIONS = {' '.join(settings).replace('--', '') or 'default': settings for settings in (
-    [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--reuse_stage1=False'],
-    ['--max_step_kl=0'], ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'],
-    ['--num_train_samples=16'], ['--num_responses_per_prompt=2'], ['--beta1=0.1'], ['--beta1=5'], ['--beta2=1e-3'],
-    ['--beta2=1e-1'], ['--fresh_prompts=False'], ['--ref_update_interval=20'])}
+    f'A*PO, {updates} updates': [*OURS, f'--updates_per_batch={updates}'] for updates in (2, 4)} | {
+    f'A*PO, {updates} updates, no bound': [*PLAIN, *OURS, f'--updates_per_batch={updates}'] for updates in (2, 4)}
+ABLATIONS = {' '.join(settings).replace('--', '') or 'default': [*OURS, *settings] for settings in (
+    [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--max_step_kl=0'],
+    ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'], ['--beta1=0.1'], ['--beta1=5'],
+    ['--beta2=1e-3'], ['--beta2=1e-1'], ['--ref_update_interval=20'])} | {
+    'num_train_samples=256': ['--num_train_samples=256'],
+    'num_train_samples=256 fresh_prompts=False': ['--num_train_samples=256', '--fresh_prompts=False']}
 
 
 def main():
@@ -114,8 +115,7 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
         words += [f'--warmup_steps={budget // 16}', f'--warmup_learning_rate={3e-3 * scale}',
                   f'--warmup_muon_learning_rate={0.012 * scale}']
     else:
-        if '--reuse_stage1=False' in settings: # stage 1 is sampled and serves no step
-            steps -= STAGE1 // BATCH
+        steps -= 8 * prompts_of_stage1(settings) // BATCH # each is answered 8 times, which serves no step
         words += [f'--max_steps={steps}', '--eval_interval=8'] + ([f'--learning_rate={rate}'] if rate else [])
     label = '_'.join([name, rate or 'default', str(budget), f'fold{fold}', f'seed{seed}'])
     label = label.replace(' ', '-').replace('*', '').replace(',', '')
@@ -125,6 +125,10 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
     command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
                *SIZES, *words]
     return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
+
+
+def prompts_of_stage1(settings):
+    return sum(int(word.partition('=')[2]) for word in settings if word.startswith('--num_train_samples='))
 
 
 def take_all(plans, args):
@@ -150,7 +154,7 @@ def take(path, folder, command, budget, base):
     with open(os.path.join(folder, 'results_summary.json')) as file:
         summary = json.load(file)
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-    steps = [row for row in rows if 'kl' in row and row['phase'] != 'reuse']
+    steps = [row for row in rows if 'kl' in row]
     record = dict(
         folder=folder, command=' '.join(command[1:]).replace(top + '/', ''), responses=budget,
         accuracy=summary['accuracy'], interval=summary['interval_95'], by_difficulty=summary['accuracy_by_difficulty'],
@@ -167,13 +171,12 @@ def take(path, folder, command, budget, base):
 
 def evaluations_of(rows, steps, budget):
     """Return [responses, minutes, accuracy, KL] of each evaluation. KL is that of the steps around, None
-    where these have no responses of the policy."""
+    where there are none."""
     found, last = [], rows[-1]['step']
-    reused = BATCH * sum(row['phase'] == 'reuse' for row in rows) # sampled before the first step
     for row in rows:
         if row['phase'] == 'evaluation':
             near = [step['base_kl'] for step in steps if abs(step['step'] - row['step'] - 0.5) < 2]
-            sampled = max(reused, budget - BATCH * (last - row['step'])) if row['step'] else 0
+            sampled = budget - BATCH * (last - row['step']) if row['step'] else 0
             found.append([sampled, round(row['seconds'] / 60, 2), row['accuracy'],
                           (round(float(np.mean(near)), 3) if near else None) if row['step'] else 0.0])
     return found

@@ -38,8 +38,8 @@ ROWS = {
     'grpo_unbounded': ('GRPO', 'python train.py --init_from=BASE --algorithm=grpo --max_step_kl=0'),
     'published': (
         'A\\*PO as published',
-        'python train.py --init_from=BASE --centre=False --reuse_stage1=False --max_step_kl=0 --beta2=1e-3 '
-        '--fresh_prompts=False --grad_clip=500 --max_steps=80')}
+        'python train.py --init_from=BASE --centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False '
+        '--num_train_samples=256 --grad_clip=500')}
 RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu')
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}

@@ -67,7 +67,7 @@ def measured(name, folder):
     with open(os.path.join(folder, 'results_summary.json')) as file:
         summary = json.load(file)
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
-    steps = [row for row in rows if 'kl' in row and row['phase'] != 'reuse']
+    steps = [row for row in rows if 'kl' in row]
     first = summary['settings']['warmup_steps']
     accuracy = [row['accuracy'] for row in rows if row['phase'] == 'evaluation' and row['step'] >= first]
     rewards = np.convolve([row['reward'] for row in steps], np.full(10, 0.1), 'valid')

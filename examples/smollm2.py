@@ -44,6 +44,7 @@ def convert(path, folder):
     model.hf_quantizer, model.is_quantized = None, False
     del model.config.quantization_config
     model.save_pretrained(folder)
+    tokenizer.eos_token = '<|im_end|>' # transformers 5.17 takes it for the token that begins a turn
     tokenizer.save_pretrained(folder)
 
 
