@@ -1729,8 +1729,6 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
     assert {'--task=multiplication', '--seed=3'} < {*commands[0]} and '--init_from=resume' in commands[1]
     assert len(commands) == 2 and (tmp_path / 'multiplication-7.json').exists()
     assert '0 of 2 runs to do' in run_it(*some) and len(commands) == 2
-    run_it('apo', '--seeds', '1')
-    assert '--max_steps=0' in commands[2] and '--init_from=out/reproduce/base/tinyzero_astarpo_final.pt' in commands[3]
     with pytest.raises(SystemExit, match='error: multiplication 8 did not end'):
         run_it('multiplication', '--seeds', '8')
 

@@ -68,10 +68,10 @@ warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; dec
 warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
-max_steps = 80 # steps after the warm-up, each on a batch of responses
+max_steps = 96 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
-learning_rate = 4e-4 # AdamW; decays linearly to 0 over max_steps
+learning_rate = 8e-4 # AdamW; decays linearly to 0 over max_steps
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
@@ -110,7 +110,7 @@ LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learnin
 # the 150,000 logits of a token; and such weights on a laptop, where a response takes a second.
 GPU = dict(
     **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=256,
-    micro_batch_tokens=32768)
+    learning_rate=4e-4, micro_batch_tokens=32768)
 PRETRAINED = dict(
     warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=2e-5,
     value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=64,

@@ -33,7 +33,7 @@ from sample import COLORS, read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4')
-BATCH = 128 # responses
+BATCH, BUDGET = 128, 7168 # responses of a step and of a run
 SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
 OURS = ['--num_train_samples=32']
 PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
@@ -79,32 +79,41 @@ def main():
             parser.error(f"no row is called {unknown[0]!r}: there are {'; '.join(rows)}")
         rows = {name: rows[name] for name in args.only.split(';')}
 
-    budget = 7168
     if args.table == 'ablations': # at the default's rate, on the fold that chooses
-        runs = {name: [plan(name, settings, seed, budget, fold=1) for seed in (1, 2, 3)]
+        runs = {name: [plan(name, settings, seed, BUDGET, fold=1) for seed in (1, 2, 3)]
                 for name, settings in rows.items()}
         take_all(sum(runs.values(), []), args)
-        return print_table(runs, baseline='default')
-    trials = {(name, rate): [plan(name, settings, seed, budget, rate, fold=1) for seed in (1, 2)]
-              for name, settings in rows.items() for rate in RATES}
+        return print(table(runs, baseline='default'))
+    trials = trials_of(rows)
     take_all(sum(trials.values(), []), args)
-    rates = {name: max(RATES, key=lambda rate: mean_accuracy(trials[name, rate])) for name in rows}
-    print_rates(trials, rows)
-    # Without any result of a row its rate is not known yet, and its fresh seeds have to wait.
-    known = [name for name in rows if mean_accuracy(trials[name, rates[name]]) > 0]
-    runs = {name: [plan(name, rows[name], seed, budget, rates[name]) for seed in range(11, 11 + args.seeds)]
-            for name in known}
-    for name in TWICE if args.table == 'algorithms' else ():
-        if name in known:
-            runs[f'{name}, 14,336 responses'] = [
-                plan(name, rows[name], seed, 2 * budget, rates[name]) for seed in range(11, 11 + min(4, args.seeds))]
+    print(rates_table(trials, rows))
+    runs = fresh_runs(rows, trials, args.seeds)
     take_all(sum(runs.values(), []), args)
-    print_table(runs, baseline='GRPO' if args.table == 'algorithms' else 'grpo, 2 updates')
+    print(table(runs, baseline='GRPO' if args.table == 'algorithms' else 'grpo, 2 updates'))
     plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
 
 
 # --------------------------------------------------------------------------------------------------
 # Runs
+
+def trials_of(rows):
+    """Return the runs that choose a rate, {(name, rate): plans}, on another fold."""
+    return {(name, rate): [plan(name, settings, seed, BUDGET, rate, fold=1) for seed in (1, 2)]
+            for name, settings in rows.items() for rate in RATES}
+
+
+def fresh_runs(rows, trials, seeds=8):
+    """Return the runs at the best rate of each row, {name: plans}. A row without any trial has to wait."""
+    runs = {}
+    for name, settings in rows.items():
+        rate = max(RATES, key=lambda rate: mean_accuracy(trials[name, rate]))
+        if mean_accuracy(trials[name, rate]):
+            runs[name] = [plan(name, settings, seed, BUDGET, rate) for seed in range(11, 11 + seeds)]
+            if name in TWICE:
+                runs[f'{name}, 14,336 responses'] = [
+                    plan(name, settings, seed, 2 * BUDGET, rate) for seed in range(11, 11 + min(4, seeds))]
+    return runs
+
 
 def plan(name, settings, seed, budget, rate=None, fold=0):
     """Return (record, folder, command, budget) of one run: record is the file that it leaves."""
@@ -245,17 +254,18 @@ def shown(value, form):
     return '–' if value is None else format(value, form)
 
 
-def print_rates(trials, rows):
-    print('\n| rate | ' + ' | '.join(RATES) + ' |\n|---|' + '---|' * len(RATES))
+def rates_table(trials, rows):
+    lines = ['| rate | ' + ' | '.join(RATES) + ' |', '|---|' + '---|' * len(RATES)]
     for name in rows:
-        print(f'| {name} | ' + ' | '.join(
-            ', '.join(f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES) + ' |')
+        lines.append(f'| {name} | ' + ' | '.join(', '.join(
+            f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES) + ' |')
+    return '\n'.join(lines)
 
 
-def print_table(runs, baseline):
-    print('\n| | seeds | accuracy: interquartile mean | each seed | better than '
-          f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% | to 90% '
-          '| minutes | fell by 3 points | steps clipped |\n|' + '---|' * 15)
+def table(runs, baseline):
+    lines = ['| | seeds | accuracy: interquartile mean | each seed | better than '
+             f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% | to 90% '
+             '| minutes | fell by 3 points | steps clipped |', '|' + '---|' * 15]
     for name, plans in runs.items():
         found = records(plans)
         if not found:
@@ -266,15 +276,17 @@ def print_table(runs, baseline):
         against = [record['accuracy'] for record in records(runs.get(like, []))]
         wins = [float(a > b) + 0.5 * float(a == b) for a in accuracy for b in against]
         fell = [worst_fall(record) > 0.03 for record in found]
-        print(f"| {name} | {len(found)} | {interquartile_mean(accuracy):.1%} [{100 * low:.1f}, {100 * high:.1f}] "
-              f"| {', '.join(f'{100 * a:.1f}' for a in accuracy)} | {shown(np.mean(wins) if wins else None, '.2f')} "
-              f"| {shown(median(r['kl'] for r in found), '.2f')} "
-              f"| {shown(median(r['greatest_kl'] for r in found), '.1f')} "
-              f"| {at_kl(found)} "
-              + ''.join(f"| {shown(median(reached(r, level, column) for r in found), form)} "
-                        for column, form in ((0, ',.0f'), (1, '.1f')) for level in (0.85, 0.90))
-              + f"| {np.mean([r['minutes'] for r in found]):.1f} | {np.mean(fell):.0%} "
-              f"| {np.mean([r['clipped'] for r in found]):.0%} |")
+        lines.append(
+            f"| {name} | {len(found)} | {interquartile_mean(accuracy):.1%} [{100 * low:.1f}, {100 * high:.1f}] "
+            f"| {', '.join(f'{100 * a:.1f}' for a in accuracy)} | {shown(np.mean(wins) if wins else None, '.2f')} "
+            f"| {shown(median(r['kl'] for r in found), '.2f')} "
+            f"| {shown(median(r['greatest_kl'] for r in found), '.1f')} "
+            f"| {at_kl(found)} "
+            + ''.join(f"| {shown(median(reached(r, level, column) for r in found), form)} "
+                      for column, form in ((0, ',.0f'), (1, '.1f')) for level in (0.85, 0.90))
+            + f"| {np.mean([r['minutes'] for r in found]):.1f} | {np.mean(fell):.0%} "
+            f"| {np.mean([r['clipped'] for r in found]):.0%} |")
+    return '\n'.join(lines)
 
 
 def plot(runs, path):

@@ -19,6 +19,9 @@ import sys
 from matplotlib.figure import Figure
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, os.path.join(top, 'benchmarks'))
+from algorithms import ALGORITHMS, fresh_runs, rates_table, table as algorithms_table, trials_of
+
 RESULTS = os.path.join(top, 'benchmarks', 'results')
 # The runs' file names up to the seed, what a row of the README calls them, and their command.
 ROWS = {
@@ -32,15 +35,7 @@ ROWS = {
     'smollm2_gpu': (
         'SmolLM2-135M on a GPU, products of numbers to 40',
         'python train.py --init_from=smollm2 --task=multiplication --max_factor=40 --learning_rate=2e-5 '
-        '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20'),
-    'apo': ('A\\*PO', 'python train.py --init_from=BASE'),
-    'grpo': ('GRPO, steps bounded as those of A\\*PO', 'python train.py --init_from=BASE --algorithm=grpo'),
-    'grpo_unbounded': ('GRPO', 'python train.py --init_from=BASE --algorithm=grpo --max_step_kl=0'),
-    'published': (
-        'A\\*PO as published',
-        'python train.py --init_from=BASE --centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False '
-        '--num_train_samples=256 --grad_clip=500')}
-RUNS = ('countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu')
+        '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20')}
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}
 
@@ -78,14 +73,14 @@ def filled(page, names):
     return page
 
 
-def runs_of(row, least=1):
-    """Return the summaries of a row's runs, by seed. One line and exit where there are not that many."""
+def runs_of(row):
+    """Return the summaries of a row's runs, by seed. One line and exit where there are none."""
     paths = glob.glob(os.path.join(RESULTS, f'{row}-*.json'))
     summaries = []
     for path in sorted(paths, key=lambda path: int(path.rpartition('-')[2].removesuffix('.json'))):
         with open(path, encoding='utf-8') as file:
             summaries.append(json.load(file))
-    if len(summaries) < least:
+    if not summaries:
         sys.exit(f'error: {RESULTS} has no {row}-SEED.json')
     return summaries
 
@@ -120,7 +115,7 @@ def place(run):
 
 def summary():
     rows = []
-    for name in RUNS:
+    for name in ROWS:
         runs = runs_of(name)
         before = statistics.mean(run['accuracy_after_warmup'] for run in runs)
         minutes = statistics.median(run['seconds'] for run in runs) / 60
@@ -131,7 +126,7 @@ def summary():
 
 def every_run():
     rows = []
-    for name in RUNS:
+    for name in ROWS:
         for run in runs_of(name):
             low, high = run['interval_95']
             rows.append([f'`{ROWS[name][1]}`', run['settings']['seed'], percent(run['accuracy_after_warmup']),
@@ -145,7 +140,7 @@ def every_run():
 
 def difficulty():
     rows = []
-    for name in RUNS:
+    for name in ROWS:
         runs = runs_of(name)
         for group in runs[0]['accuracy_by_difficulty']:
             shares = [run['accuracy_by_difficulty'][group] for run in runs]
@@ -153,13 +148,10 @@ def difficulty():
     return table(['task', 'problems', 'after A\\*PO'], rows)
 
 
-def algorithms():
-    rows = []
-    for name in ('apo', 'grpo', 'grpo_unbounded', 'published'):
-        if runs := runs_of(name, least=0):
-            rows.append([ROWS[name][0], f'`{ROWS[name][1]}`', spread([run['accuracy'] for run in runs]),
-                         ', '.join(percent(run['accuracy']) for run in runs)])
-    return table(['algorithm', 'command', 'accuracy', 'each seed'], rows)
+def comparison():
+    trials = trials_of(ALGORITHMS)
+    runs = fresh_runs(ALGORITHMS, trials)
+    return algorithms_table(runs, baseline='GRPO') + '\n\n' + rates_table(trials, ALGORITHMS)
 
 
 def draw():
@@ -183,7 +175,7 @@ def draw():
     figure.savefig(os.path.join(top, 'assets', 'countdown.png'), dpi=110)
 
 
-TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, algorithms=algorithms)
+TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, algorithms=comparison)
 
 
 if __name__ == '__main__':

@@ -7,8 +7,8 @@ Repeat the runs behind the tables of README.md and RESULTS.md: each row's comman
     python benchmarks/reproduce.py countdown --seeds 11 12 --keep  # other seeds, into benchmarks/results/ too
 
 The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed, so the
-command can be stopped, by Ctrl-C too, and given again. Rows that start from BASE share the base of seed 1, which is
-trained first; smollm2 is the folder that examples/smollm2.py makes. Each new accuracy is printed beside the old one.
+command can be stopped, by Ctrl-C too, and given again; smollm2 is the folder that examples/smollm2.py makes. Each new
+accuracy is printed beside the old one. The comparison of algorithms is benchmarks/algorithms.py.
 With --keep the summaries replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
 """
 import argparse
@@ -68,26 +68,22 @@ def folder_of(row, seed):
 
 def runs_here(row):
     """Say whether a row was run on the kind of machine that this is."""
-    runs = runs_of(row, least=0)
-    return bool(runs) and runs[0]['device'].startswith('cuda') == torch.cuda.is_available()
+    return runs_of(row)[0]['device'].startswith('cuda') == torch.cuda.is_available()
 
 
 def seeds_of(row):
-    return [run['settings']['seed'] for run in runs_of(row, least=0)] or [1]
+    return [run['settings']['seed'] for run in runs_of(row)]
 
 
 def minutes_of(run):
-    """Return what a run of this row has taken, 0 where none is known."""
-    return statistics.median([run['seconds'] / 60 for run in runs_of(run[0], least=0)] or [0])
+    """Return what a run of this row has taken."""
+    return statistics.median([run['seconds'] / 60 for run in runs_of(run[0])])
 
 
 def take(command, seed, folder):
     """Take the run of a command, or continue it, and say whether it came to its end. A signal to stop goes to the run,
     which saves itself, and ends this program too."""
-    base = 'out/reproduce/base/tinyzero_astarpo_final.pt'
-    if 'BASE' in command and not os.path.exists(base) and not take('train.py --max_steps=0', 1, os.path.dirname(base)):
-        return False
-    words = shlex.split(command.replace('BASE', base).partition('train.py')[2]) + [f'--seed={seed}']
+    words = shlex.split(command.partition('train.py')[2]) + [f'--seed={seed}']
     if glob.glob(os.path.join(folder, 'checkpoint_step_*.pt')):
         words = ['--init_from=resume']
     elif os.path.exists(folder): # it was killed before it saved anything
@@ -106,7 +102,7 @@ def compare(row, seed):
     """Print what a run came to beside the accuracy on the pages."""
     with open(os.path.join(folder_of(row, seed), 'results_summary.json')) as file:
         new = json.load(file)
-    old = [f"{run['accuracy']:.1%}" for run in runs_of(row, least=0) if run['settings']['seed'] == seed]
+    old = [f"{run['accuracy']:.1%}" for run in runs_of(row) if run['settings']['seed'] == seed]
     print(f"{row}, seed {seed}: {new['accuracy']:.1%}, on the pages {old[0] if old else 'not there'}", flush=True)
 
 
