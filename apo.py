@@ -12,9 +12,9 @@ and everything in it but V* is at hand. So A*PO estimates V* from the reference,
 
 A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known before training starts.
 
-Left out on purpose: importance ratios and clipping (responses come from the current policy, or
-nearly), normalised advantages (r - V* is the target itself, its scale means something), a KL
-penalty (it is inside the square), a critic at every token.
+Left out on purpose: importance ratios and clipping (responses come from the current policy, but
+for updates_per_batch), normalised advantages (r - V* is the target itself, its scale means
+something), a KL penalty (it is inside the square), a critic at every token.
 
 Kept from the paper, and surprising: beta1 = 0.5 for V* and a much smaller beta2 for the policy.
 They differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
@@ -23,7 +23,7 @@ the baseline, whatever V* is: a poor V* costs variance, not bias.
 
 Where train.py differs from the paper (RESULTS.md has what each bought; the paper is
 `--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256
---grad_clip=500`, whose clip never acts, as in its code):
+--learning_rate=4e-4 --grad_clip=500`, whose clip never acts, as in its code):
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
     every step.
   - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to

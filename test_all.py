@@ -1751,6 +1751,34 @@ def test_the_benchmark_counts_responses_and_reads_its_records():
     for name, steps in (('A*PO', 54), ('GRPO', 56), ('A*PO as published', 40)): # stage 1 serves no step
         command = it['plan'](name, it['ALGORITHMS'][name], 1, 7168, '4e-4')[2]
         assert {f'--max_steps={steps}', '--learning_rate=4e-4', '--fold=0'} <= set(command)
+    assert it['OURS'] == [f"--num_train_samples={train.SETTINGS['num_train_samples']}"]
+
+
+def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):
+    it = runpy.run_path(f'{HERE}/benchmarks/algorithms.py', run_name='it')
+    it['plan'].__globals__['RESULTS'] = str(tmp_path)
+    rows = {name: it['ALGORITHMS'][name] for name in ('GRPO', 'RLOO', 'imitation goes on')}
+    trials = it['trials_of'](rows)
+    assert {'--fold=1', '--seed=2', '--learning_rate=2e-4'} <= set(trials['GRPO', '2e-4'][1][2])
+    def leave(plan, accuracy, kl):
+        record = dict(folder='', command='', responses=plan[3], accuracy=accuracy, interval=[0, 1], by_difficulty={},
+                      minutes=1.0, git_commit='', kl=kl, greatest_kl=kl, clipped=0.0,
+                      evaluations=[[0, 0, 0.6, 0.0 if kl else None], [plan[3], 1, accuracy, kl]])
+        with open(plan[0], 'w') as file:
+            json.dump(record, file)
+    for name, kl in (('GRPO', 2.0), ('imitation goes on', None)): # imitation has no KL
+        for rate, accuracy in (('2e-4', 0.7), ('4e-4', 0.9), ('8e-4', 0.8)):
+            leave(trials[name, rate][0], accuracy, kl)
+    runs = it['fresh_runs'](rows, trials, seeds=2)
+    assert list(runs) == ['GRPO', 'GRPO, 14,336 responses', 'imitation goes on'], "RLOO has to wait"
+    assert {'--fold=0', '--seed=11', '--learning_rate=4e-4', '--max_steps=112'} <= set(runs['GRPO, 14,336 responses'][0][2])
+    leave(runs['GRPO'][0], 0.9, 2.0)
+    leave(runs['imitation goes on'][0], 0.8, None)
+    shown = it['table'](runs, 'GRPO').splitlines()
+    assert len(shown) == 4 and '| 90.0% [90.0, 90.0] |' in shown[2] and '| – | – | – |' in shown[3]
+    assert len(it['rates_table'](trials, rows).splitlines()) == 4
+    it['plot'](runs, tmp_path / 'plot.png')
+    assert (tmp_path / 'plot.png').stat().st_size > 10_000
 
 
 def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):
@@ -2327,6 +2355,7 @@ def test_real_weights_answer_train_resume_and_export(main, ask, tmp_path):
     assert 'choose a new folder' in script('examples/smollm2.py', folder).stderr
     checkpoint = sample.open_model(folder)
     model, task, tokenizer = sample.load(checkpoint | dict(settings=dict(num_examples=3)), folder, 'cpu', 'multiplication')
+    assert tokenizer.end == '<|im_end|>', "it is asked in a chat"
     texts = [tokenizer.prompt(task, MultiplicationProblem(a, 7)) for a in (3, 12)]
     prompts = [tokenizer.encode(text) for text in texts]
     theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)

@@ -82,7 +82,7 @@ num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
-fresh_prompts = True # new prompts at every step with V* from the value head; False: those of stage 1 with their own V*
+fresh_prompts = True # new prompts at every step, V* from the value head; False: stage 1's (take more), V* their own
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
@@ -441,18 +441,17 @@ def pieces_of(model, tokens, mask):
 
 
 def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
-    """Let the policy, or in stage 1 the reference, answer this rank's problems: call sample.respond,
-    or sample.evaluate, with its current weights; `first` is the index of the first response in the
-    batch of all ranks. Sampling takes longest, so a signal to stop interrupts it."""
+    """Let the policy, which in stage 1 is still the reference, answer this rank's problems: call
+    sample.respond, or sample.evaluate; `first` is the index of the first response in the batch of
+    all ranks. Sampling takes longest, so a signal to stop interrupts it."""
     if run.rollout_model is not run.model:
         copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
-    model = run.reference if stream == STAGE1 else run.rollout_model
-    with contextlib.suppress(Stopped), on_device(model):
+    with contextlib.suppress(Stopped), on_device(run.rollout_model):
         if problems: # there may be more ranks than held-out problems
             result = function(
-                model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat, first=first,
-                max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
+                run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat,
+                first=first, max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
                 watch=watch_signals, progress=name if rank == 0 else '')
     leave_if_asked(run)
     return result

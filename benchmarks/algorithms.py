@@ -2,8 +2,9 @@
 A*PO against the algorithms it is compared with, from the same warmed-up base and with as many sampled
 responses.
 
-    python benchmarks/algorithms.py                            # all of them: about nine hours on two cores
-    python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
+    python train.py --max_steps=0 --device=cpu --out_dir=out/base                                  # the base
+    python benchmarks/algorithms.py --base=out/base/tinyzero_astarpo_final.pt    # about nine hours on two cores
+    python benchmarks/algorithms.py --base=... --jobs=8        # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
@@ -13,7 +14,8 @@ seeds; then fresh seeds at that rate are evaluated on the held-out problems, whi
 warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) Every run is
 one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
 small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
-prints what is committed. Delete these files when train.py's defaults have changed.
+prints what is committed. Nothing checks that the base is the same: give the one that the records name, or delete
+them. Delete a row's records when its settings have changed.
 """
 import argparse
 import hashlib
@@ -35,7 +37,7 @@ RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4')
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
 SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
-OURS = ['--num_train_samples=32']
+OURS = ['--num_train_samples=32'] # the default on a CPU, where a GPU's is 256
 PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
 ALGORITHMS = {
     'A*PO': OURS,
@@ -79,8 +81,8 @@ def main():
             parser.error(f"no row is called {unknown[0]!r}: there are {'; '.join(rows)}")
         rows = {name: rows[name] for name in args.only.split(';')}
 
-    if args.table == 'ablations': # at the default's rate, on the fold that chooses
-        runs = {name: [plan(name, settings, seed, BUDGET, fold=1) for seed in (1, 2, 3)]
+    if args.table == 'ablations': # at the default's rate on a CPU, on the fold that chooses
+        runs = {name: [plan(name, settings, seed, BUDGET, '8e-4', fold=1) for seed in (1, 2, 3)]
                 for name, settings in rows.items()}
         take_all(sum(runs.values(), []), args)
         return print(table(runs, baseline='default'))
@@ -90,7 +92,8 @@ def main():
     runs = fresh_runs(rows, trials, args.seeds)
     take_all(sum(runs.values(), []), args)
     print(table(runs, baseline='GRPO' if args.table == 'algorithms' else 'grpo, 2 updates'))
-    plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
+    if not args.dry_run:
+        plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,7 +118,7 @@ def fresh_runs(rows, trials, seeds=8):
     return runs
 
 
-def plan(name, settings, seed, budget, rate=None, fold=0):
+def plan(name, settings, seed, budget, rate, fold=0):
     """Return (record, folder, command, budget) of one run: record is the file that it leaves."""
     words = [f'--seed={seed}', f'--fold={fold}', *settings]
     steps = budget // BATCH
@@ -125,8 +128,8 @@ def plan(name, settings, seed, budget, rate=None, fold=0):
                   f'--warmup_muon_learning_rate={0.012 * scale}']
     else:
         steps -= 8 * prompts_of_stage1(settings) // BATCH # each is answered 8 times, which serves no step
-        words += [f'--max_steps={steps}', '--eval_interval=8'] + ([f'--learning_rate={rate}'] if rate else [])
-    label = '_'.join([name, rate or 'default', str(budget), f'fold{fold}', f'seed{seed}'])
+        words += [f'--max_steps={steps}', '--eval_interval=8', f'--learning_rate={rate}']
+    label = '_'.join([name, rate, str(budget), f'fold{fold}', f'seed{seed}'])
     label = label.replace(' ', '-').replace('*', '').replace(',', '')
     files = [word.partition('=')[2] for word in settings if word.endswith('.py')] # a loss of one's own
     label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
@@ -229,7 +232,7 @@ def reached(record, level, column):
 def accuracy_at_kl(record, kl=1.0):
     """Interpolate between the evaluations; None for a run that never was as far."""
     points = sorted((x[3], x[2]) for x in record['evaluations'] if x[3] is not None)
-    return float(np.interp(kl, *zip(*points))) if points[-1][0] >= kl else None
+    return float(np.interp(kl, *zip(*points))) if points and points[-1][0] >= kl else None
 
 
 def median(values):
@@ -257,8 +260,9 @@ def shown(value, form):
 def rates_table(trials, rows):
     lines = ['| rate | ' + ' | '.join(RATES) + ' |', '|---|' + '---|' * len(RATES)]
     for name in rows:
-        lines.append(f'| {name} | ' + ' | '.join(', '.join(
-            f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES) + ' |')
+        cells = [', '.join(f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES]
+        if any(cells):
+            lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
 
@@ -297,7 +301,7 @@ def plot(runs, path):
     drawn = [name for name, plans in runs.items() if records(plans) and '14,336' not in name]
     for name, color in zip(drawn, (COLORS + ['black', 'grey']) * len(drawn)):
         for i, record in enumerate(records(runs[name])):
-            points = np.array([point for point in record['evaluations'] if point[3] is not None])
+            points = np.array([point for point in record['evaluations'] if point[3] is not None]).reshape(-1, 4)
             axes[0].plot(points[:, 0], points[:, 2], color=color, lw=0.7, alpha=0.7, label=name if i == 0 else None)
             axes[1].plot(np.sqrt(points[:, 3].clip(0)), points[:, 2], color=color, lw=0.7, alpha=0.7)
     axes[0].set(xlabel='responses, those of stage 1 included', ylabel='held-out accuracy')

@@ -7,7 +7,7 @@ older commit's seconds, of ours, and of the ratio of each pair, with its least a
 
 Decoding steps of random weights of the default size, 256 tokens for so many rows; the warm-up of the default run, of
 which the first steps do not count; steps of A*PO from assets/countdown_base.pt, of which the first does not count,
-because it may take the responses of stage 1.
+because until aad96c9 it took the responses of stage 1.
 """
 import argparse
 import json

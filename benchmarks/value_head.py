@@ -2,7 +2,7 @@
 How well the value head predicts V* of prompts that it never saw: R^2 against V* from the
 reference's own responses.
 
-    python benchmarks/value_head.py --checkpoint=out/countdown/checkpoint_step_6000.pt
+    python benchmarks/value_head.py --checkpoint=out/countdown/checkpoint_step_5000.pt
 
 The checkpoint is the one that stage 1 leaves, after the last step of the warm-up: later the head
 follows the policy. V* from N responses is noisy itself; the second figure is what a perfect head
