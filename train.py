@@ -82,7 +82,7 @@ num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
-fresh_prompts = True # new prompts at every step, V* from the value head; False: stage 1's (take more), V* their own
+fresh_prompts = True # new prompts at every step, V* from the value head; False: those of stage 1, with their own V*
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records

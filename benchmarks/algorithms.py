@@ -41,8 +41,8 @@ OURS = ['--num_train_samples=32'] # the default on a CPU, where a GPU's is 256
 PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
 ALGORITHMS = {
     'A*PO': OURS,
-    'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False', '--grad_clip=500',
-                          '--beta2=1e-3'],
+    'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False',
+                          '--grad_clip=500', '--beta2=1e-3'],
     'GRPO': [*PLAIN, '--algorithm=grpo'],
     'RLOO': [*PLAIN, '--algorithm=rloo'],
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
@@ -127,7 +127,8 @@ def plan(name, settings, seed, budget, rate, fold=0):
         words += [f'--warmup_steps={budget // 16}', f'--warmup_learning_rate={3e-3 * scale}',
                   f'--warmup_muon_learning_rate={0.012 * scale}']
     else:
-        steps -= 8 * prompts_of_stage1(settings) // BATCH # each is answered 8 times, which serves no step
+        prompts = [int(word.partition('=')[2]) for word in settings if word.startswith('--num_train_samples=')]
+        steps -= 8 * sum(prompts) // BATCH # stage 1 answers each 8 times, which serves no step
         words += [f'--max_steps={steps}', '--eval_interval=8', f'--learning_rate={rate}']
     label = '_'.join([name, rate, str(budget), f'fold{fold}', f'seed{seed}'])
     label = label.replace(' ', '-').replace('*', '').replace(',', '')
@@ -137,10 +138,6 @@ def plan(name, settings, seed, budget, rate, fold=0):
     command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
                *SIZES, *words]
     return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
-
-
-def prompts_of_stage1(settings):
-    return sum(int(word.partition('=')[2]) for word in settings if word.startswith('--num_train_samples='))
 
 
 def take_all(plans, args):

@@ -6,8 +6,9 @@ Write the tables of README.md and RESULTS.md that come from whole runs, and the 
     python benchmarks/report.py --check                                         # or only say whether they are up to date
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. A row is of
-the runs of one command: means of accuracies, the median of the minutes. The table `algorithms` is algorithms.py's. (The SmolLM2 files were put
-together from metrics.jsonl, because their summaries had not been brought back from the GPU.)
+the runs of one command: means of accuracies, the median of the minutes. The table `algorithms` is that of
+algorithms.py. (The SmolLM2 files were put together from metrics.jsonl, because their summaries had not been
+brought back from the GPU.)
 """
 import argparse
 import glob
