@@ -7,7 +7,7 @@ The aim is the policy that maximises  E_pi[r(x, y)] - beta KL(pi || pi_ref).  It
 and everything in it but V* is at hand. So A*PO estimates V* from the reference, and then fits pi to the formula:
 
     1.  V*(x) = beta1 log E_{y ~ pi_ref} [exp(r(x, y) / beta1)]                   optimal_value, value_loss
-    2.  loss  = E_{y ~ pi} [(beta2 log(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2]     apo_loss
+    2.  loss  = E_{y ~ pi} [(beta2 log(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2] / (2 beta2)    apo_loss
     3.  log pi(y|x) = sum over the tokens of y of log pi(y_t | x, y_<t)             sequence_logprobs
 
 A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known before training starts.
@@ -21,9 +21,9 @@ They differ, so the loss does not go to 0, and is no measure of progress. On sam
 policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as
 the baseline, whatever V* is: a poor V* costs variance, not bias.
 
-Where train.py differs from the paper (RESULTS.md has what each bought; the paper is
+Where train.py differs from the paper (RESULTS.md has what each bought). To train as published:
 `--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256
---learning_rate=4e-4 --grad_clip=500`, whose clip never acts, as in its code):
+--learning_rate=4e-4 --grad_clip=500`, a clip that never acts, as in the authors' code.
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
     every step.
   - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to
@@ -34,12 +34,12 @@ Where train.py differs from the paper (RESULTS.md has what each bought; the pape
     - V* - shift) / beta) does not sum to 1. There V* at the mean is the safe side; above it the
     policy loses more than it learns (arXiv 2506.20520). A prompt that is never solved, V* = 0,
     has r - V* = 0 in the paper and teaches nothing. Here its failures are pushed up a little, and
-    so is all that is easy, V* = 1.
-  - Stage 1 is small, 32 prompts: it only gives the value head a start, which learns on from the
+    so are right answers where V* = 1.
+  - Stage 1 is small, 32 prompts: it only gives the value head a start, which then learns from the
     responses of stage 2.
   - beta2 is 0.01, not 0.001. A response that loops to the limit lies 100 nats or more from the
-    reference: that now costs as much as a wrong answer, where it costs an ordinary response, a nat
-    or two away, next to nothing.
+    reference: that now costs as much as a wrong answer, while an ordinary response, a nat or two
+    away, pays next to nothing.
   - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
     the reference over many steps, it does not bound one. A step of the same learning rate moves a
     base that is unsure of its sums ten to a hundred times further than one that is sure.

@@ -6,7 +6,8 @@ RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU
 Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
 position, which A*PO reads at the end of the prompt as its estimate of V*(x).
 
-One `trunk` serves training, prefill and one-token decoding; the only difference is whether a KVCache is handed in.
+One `trunk` serves training, prefill and one-token decoding: it takes a KVCache, or rows packed behind one another, or
+neither.
 This file knows integers only: no text, no tasks, no rewards.
 """
 import contextlib
@@ -16,7 +17,6 @@ import os
 import re
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class KVCache:
 
     def append(self, layer, k, v):
         """Write k, v (B, n_kv_heads, T, head_dim) there; return all keys and values of that layer.
-        Those of one row are written for all rows, and returned for one."""
+        Those of a batch of one are written into every row, and only one row is returned."""
         self.k[layer][:, :, self.new] = k
         self.v[layer][:, :, self.new] = v
         return self.k[layer, :len(k), :, :self.end], self.v[layer, :len(k), :, :self.end]
@@ -259,9 +259,9 @@ class Transformer(nn.Module):
             return cls(config)
 
     def allocate(self, weights_on, device=None):
-        """Give memory to the weights, which may stay on the CPU, and make again, on the device that
-        computes, what is derived, because to_empty unties and empties it. The value head is 0 until
-        it gets weights."""
+        """Give memory to the weights, which may stay on the CPU. Then tie them and make the rotary
+        table again, on the device that computes, because to_empty undoes both. The value head is 0
+        until it gets weights."""
         self.to_empty(device=weights_on)
         self.tie_and_rotate(device or weights_on)
         for p in self.value_head.parameters():
@@ -342,8 +342,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
         raise ValueError(f"a prompt of {longest} tokens and max_new_tokens={max_new_tokens} "
                          f"do not fit max_seq_len={model.config.max_seq_len}")
     batch = Decoding(model, prompts, max_new_tokens, temperature, ends, uniform)
-    # Without autograd's books a step of one row takes three quarters of the time. What is made
-    # inside can never be trained on: the tokens and the mask are made outside, and written to.
+    # Without autograd's bookkeeping a step of one row takes three quarters of the time. What is made
+    # inside can never be trained on, so the tokens and the mask are made outside, and written to.
     with torch.inference_mode():
         batch.read(shortest)
         for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
@@ -421,7 +421,7 @@ class Decoding:
         self.graph.replay()
 
     def drop_ended(self):
-        """Drop the rows that have ended, once they are an eighth, because that copies the cache."""
+        """Drop the rows that have ended once they are an eighth of all: dropping copies the cache."""
         if 8 * self.alive.sum() <= 7 * len(self.rows):
             keep = self.alive.nonzero().squeeze(1)
             self.cache.keep(keep)
@@ -465,11 +465,12 @@ def token_logprobs(model, tokens, mask, temperature=1.0, dtype='float32'):
 
 
 def packs(model, tokens):
-    """Return whether rows (B, T) are scored behind one another, without their padding. A CPU does;
-    a GPU would have to start each row's attention; and what all rows begin with is computed once
-    where they stand side by side."""
-    shares = model.share_prefix and shared_length(tokens)
-    return model.pack and tokens.device.type == 'cpu' and not shares
+    """Return whether rows (B, T) are scored behind one another, without their padding: on a CPU,
+    because a GPU would have to start each row's attention, and unless all rows begin alike, which
+    is computed once where they stand side by side."""
+    if not model.pack or tokens.device.type != 'cpu':
+        return False
+    return not (model.share_prefix and shared_length(tokens))
 
 
 def row_lengths(mask):
@@ -479,31 +480,26 @@ def row_lengths(mask):
 
 def micro_batches(mask, micro_batch_tokens, at_least=1, packed=False):
     """
-    Cut a batch into pieces of rows of similar length, together at most micro_batch_tokens with
-    their padding, or without it when `packed`, where a row alone is not longer than that. mask
-    (B, T) -> list of at_least or more LongTensors of row indices.
-
-    Of all cuts of the rows, sorted by length, it takes the one that computes least, where a piece
-    costs some tokens more than its own: filling piece by piece pads 2 to 5% more.
+    Cut a batch into pieces of rows of similar length, the longest first, with at most
+    micro_batch_tokens each: padding counts too, unless the rows are packed. A row that is longer is
+    a piece of its own. mask (B, T) -> list of at_least or more LongTensors of row indices.
     """
     lengths = row_lengths(mask).cpu().numpy()
-    order = lengths.argsort(kind='stable')
-    widths = lengths[order] if packed else -(-lengths[order] // 16) * 16 # as trim leaves them
-    cost, starts = np.zeros(len(order) + 1), np.zeros(len(order) + 1, dtype=int)
-    for end in range(1, len(order) + 1): # the best cut of the first `end` rows, from those of fewer
-        # of a last piece that starts at 0, 1, ... end - 1
-        cells = widths[:end][::-1].cumsum()[::-1] if packed else np.arange(end, 0, -1) * widths[end - 1]
-        cells[:-1] = np.where(cells[:-1] > micro_batch_tokens, 2 ** 60, cells[:-1])
-        total = cost[:end] + cells + micro_batch_tokens // 16
-        starts[end], cost[end] = total.argmin(), total.min()
-    pieces, end = [], len(order)
-    while end:
-        pieces.append(order[starts[end]:end])
-        end = starts[end]
+    padded = -(-lengths // 16) * 16 # as trim leaves them
+    pieces = []
+    for row in (-lengths).argsort(kind='stable').tolist():
+        piece = pieces[-1] + [row] if pieces else [row]
+        size = lengths[piece].sum() if packed else len(piece) * padded[piece[0]]
+        if pieces and size <= micro_batch_tokens:
+            pieces[-1].append(row)
+        else:
+            pieces.append([row])
     while len(pieces) < at_least:
         pieces.sort(key=len)
-        pieces += np.array_split(pieces.pop(), 2)
-    return [torch.from_numpy(piece).to(mask.device) for piece in pieces]
+        largest = pieces.pop()
+        half = len(largest) // 2
+        pieces += [largest[:half], largest[half:]]
+    return [torch.tensor(piece, device=mask.device) for piece in pieces]
 
 
 def trim(tokens, mask):
@@ -517,7 +513,7 @@ def trim(tokens, mask):
 @torch.no_grad()
 def embed_numbers(model, numbers):
     """Let tokens that are numbers, {id: value}, start as sines and cosines of their value (after
-    FoNE, arXiv 2502.09741). Adding then is turning, which the model learns in minutes; from random
+    FoNE, arXiv 2502.09741). Addition then becomes rotation, which the model learns in minutes; from random
     vectors it has to discover the order of the numbers first."""
     ids, values = torch.tensor([*numbers.keys()]), torch.tensor([*numbers.values()], dtype=torch.float32)
     angles = values[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400])
@@ -581,20 +577,12 @@ def counterparts(model):
 
 def weight_files(folder):
     """Return the paths of the safetensors files that hold a model: those that its index names,
-    because others may lie there too, else the one whole file. Raises ValueError when there is
-    none."""
-    index, whole = (os.path.join(folder, name) for name in ('model.safetensors.index.json', 'model.safetensors'))
-    named = []
+    because others may lie there too, else the one whole file."""
+    index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
     if os.path.exists(index):
         with open(index) as file:
-            named = [os.path.join(folder, name) for name in sorted({*json.load(file)['weight_map'].values()})]
-    absent = [path for path in named if not os.path.exists(path)]
-    if named and not absent:
-        return named
-    if os.path.exists(whole):
-        return [whole]
-    raise ValueError(f"its index names {absent[0]}, which is not there" if absent else
-                     "it holds no safetensors (other formats, such as pytorch_model.bin, are not read)")
+            names = sorted({*json.load(file)['weight_map'].values()})
+    return [os.path.join(folder, name) for name in names]
 
 
 def load_pretrained(model, folder):

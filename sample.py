@@ -201,7 +201,7 @@ def parse_arguments():
     add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, or those of a file, write sample_eval.json')
-    add('--problems', help='a file of problems, one a line as typed (countdown: or {"nums":, "target":})')
+    add('--problems', help='a file of problems, one a line as typed (or {"nums": [3, 5, 7], "target": 22})')
     add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval 2000, of a file all)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
     add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
@@ -380,7 +380,7 @@ def read_arguments(argv):
     return texts
 
 
-def typed(name, text, defaults, task_name, kind):
+def setting_value(name, text, defaults, task_name, kind):
     """Return a setting's text as the type of its default. One line and exit for a text that does
     not fit, and for a name that is not among the defaults; then the message says what the task's
     class takes."""
@@ -407,7 +407,7 @@ def make_task(name, settings, texts={}):
     """Return the task of that name, or of that file, with its parameters among the settings, or in
     arguments {name: text}."""
     kind = task_class(name)
-    settings = settings | {k: typed(k, text, parameters(kind), name, kind) for k, text in texts.items()}
+    settings = settings | {k: setting_value(k, text, parameters(kind), name, kind) for k, text in texts.items()}
     with one_line(f'--task={name}', ValueError, OSError):
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
         made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it
@@ -539,8 +539,8 @@ def run_script(main, lower):
 
 
 def fail(message):
-    """End the program with one line and exit status 1. All ranks meet what is told so, and on each
-    machine the first one speaks."""
+    """End the program with one line and exit status 1. Every rank comes here, and on each machine
+    the first one speaks."""
     sys.exit(f'error: {message}' if (os.environ.get('LOCAL_RANK') or '0') == '0' else 1)
 
 

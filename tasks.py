@@ -151,7 +151,7 @@ def tokenizer_files(folder):
 
 class Grade(NamedTuple):
     reward: float # 1.0 when correct, else the task's partial credit, always below 1
-    correct: bool # the tags are right and the answer solves the problem; nothing else
+    correct: bool # the tags are right and the answer solves the problem
     formatted: bool # the tags are right and the answer parses
 
 
@@ -242,7 +242,7 @@ class Task:
         return Grade(float(correct), correct, match is not None)
 
 
-def typed(pattern, text, example):
+def match_typed(pattern, text, example):
     """Match a problem that a person typed. Raises ValueError with an example of one."""
     if match := re.fullmatch(pattern, text.strip()):
         return match
@@ -260,7 +260,7 @@ class CountdownProblem(NamedTuple):
 def reachable(numbers):
     """Return every value that whole-number arithmetic makes from all of the numbers (a sorted
     tuple)."""
-    # What five numbers and more reach is much, and seldom asked for twice: it is not kept.
+    # What five or more numbers reach is large and rarely asked for twice, so it is not kept.
     return (reachable_by_few if len(numbers) < 5 else reachable_by_few.__wrapped__)(numbers)
 
 
@@ -307,7 +307,7 @@ class Countdown(Task):
                  max_number=20, # numbers are drawn from 1 to this
                  min_target=1, # targets are drawn from this
                  max_target=100, # to this, among those that can be reached
-                 partial_credit=0.0, # the most that a wrong answer earns that is almost there, below 1
+                 partial_credit=0.0, # the most that a near miss earns, below 1
                  ):
         if not 3 <= min_numbers <= max_numbers <= 6:
             raise ValueError(f"it takes 3 to 6 numbers, {min_numbers=} and {max_numbers=} do not fit")
@@ -346,7 +346,7 @@ class Countdown(Task):
         row = [re.search(field, text) for field in (r'"nums": *\[([0-9, ]+)\]', r'"target": *([0-9]+) *[,}]')]
         if all(row):
             text = f'{row[0][1]} = {row[1][1]}'
-        match = typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
+        match = match_typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
 
     def canonical(self, problem):
@@ -398,10 +398,10 @@ class Countdown(Task):
         Search from both ends, line by line, each with the solution that it found or None. `z ...:x
         y ...` sets one of three numbers, z, aside and lists what + - * / make of the target and z,
         which is what the other two would have to make, and what these do make. A number in both
-        lists solves the puzzle. Of more than three numbers some are joined first: `6)12/4=3 9 8`
-        joins the sixth pair. Pair after pair has its turn, those that the operator `first` joins
-        before all others; no solver guides the search. `pool` is what is left of the numbers and
-        `joined` the lines that say how, in a search within the search.
+        lists solves the puzzle; README walks through one. Of more than three numbers some are
+        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, those that
+        the operator `first` joins before all others; no solver guides the search. `pool` is what is
+        left of the numbers and `joined` the lines that say how, in a search within the search.
         """
         pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
         if len(pool) > 3:
@@ -445,7 +445,7 @@ class Countdown(Task):
 
     def grade(self, problem, response):
         try:
-            value, used = evaluate(extract_answer(response) or '')
+            value, used = exact_value(extract_answer(response) or '')
         except ValueError:
             return WRONG
         if value is None or sorted(used) != sorted(problem.numbers):
@@ -456,7 +456,7 @@ class Countdown(Task):
         return Grade(self.partial_credit * float(closeness), False, True)
 
 
-def evaluate(text):
+def exact_value(text):
     """
     Return the value of an arithmetic expression as an exact Fraction (None when it divides by
     zero), and the integers it uses.
@@ -498,6 +498,11 @@ def apply(x, operator, y):
 # --------------------------------------------------------------------------------------------------
 # Multiplication
 
+def places(n):
+    """Return what each digit of a number is worth, units first: 407 -> [7, 0, 400]."""
+    return [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(n)))]
+
+
 class MultiplicationProblem(NamedTuple):
     a: int
     b: int
@@ -526,7 +531,7 @@ class Multiplication(Task):
 
     def parse(self, text):
         """Read '47 * 36', '47 x 36' or 'What is 47 × 36?'. Raises ValueError."""
-        match = typed(r'(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??', text, '47 * 36')
+        match = match_typed(r'(?:What is )?([0-9]+) *[*x×] *([0-9]+)\??', text, '47 * 36')
         return MultiplicationProblem(int(match[1]), int(match[2]))
 
     def canonical(self, problem):
@@ -542,8 +547,7 @@ class Multiplication(Task):
         """Write the products with the digits of b and their sum: `23 × 36 = 23 × 30 + 23 × 6 = 690
         + 138 = 828`."""
         a, b = problem
-        parts = [int(digit) * 10 ** place for place, digit in enumerate(str(b)[::-1]) if digit != '0']
-        parts.reverse()
+        parts = [part for part in reversed(places(b)) if part]
         steps = [f'{a} × {b}']
         if len(parts) > 1:
             steps.append(' + '.join(f'{a} × {part}' for part in parts))
@@ -562,11 +566,10 @@ class Multiplication(Task):
         all of the last errors were carries.
         """
         back = lambda n: str(n)[::-1]
-        digits = lambda n: [int(digit) * 10 ** place for place, digit in enumerate(reversed(str(n)))]
         detail = rng.integers(3)
         lines, total = [], 0
-        for y in digits(problem.b) if detail else []:
-            for x in digits(problem.a) if detail == 2 else [problem.a]:
+        for y in places(problem.b) if detail else []:
+            for x in places(problem.a) if detail == 2 else [problem.a]:
                 lines.append(f'{back(x)}*{back(y)}={back(x * y)}')
                 if len(lines) > 1:
                     lines.append(f'{back(total)}+{back(x * y)}={back(total + x * y)}')

@@ -44,12 +44,12 @@ from model import (
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
-    read_arguments, read_log, respond, run_script, summarize, task_class, typed, weights_of)
+    read_arguments, read_log, respond, run_script, setting_value, summarize, task_class, weights_of)
 from tasks import TASKS, PretrainedTokenizer
 
-# ---- settings: what the default run uses, countdown on a CPU; a task's `defaults` and what fits change some ------
+# ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
-out_dir = 'out/TASK' # where checkpoints, metrics and curves go; TASK becomes the task's name
+out_dir = 'out/TASK' # where checkpoints, metrics and curves go; by default out/ and the task's name
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
 seed = 1337 # problems, weights and sampling noise all follow from it
 device = 'auto' # auto | cpu | cuda | mps
@@ -64,7 +64,7 @@ d_ff = 384 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
 warmup_steps = 5000 # optimizer steps
 warmup_batch_size = 16 # demonstrations per step, over all ranks
-warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays linearly over the last two fifths
+warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; decays to 5% over the last two fifths
 warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
@@ -88,7 +88,7 @@ value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
-num_eval_samples = 2000 # responses to held-out problems in the final evaluation; an eighth on the way
+num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
 eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
@@ -105,12 +105,13 @@ CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker
 # The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
 # overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
-             ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03)
-# What fits a GPU; pretrained weights: steps that max_step_kl shortens, and pieces that leave room for
-# the 150,000 logits of a token; and such weights on a laptop, where a response takes a second.
+             ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03, num_responses_per_prompt=2)
+# What fits a GPU.
 GPU = dict(
     **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=256,
     learning_rate=4e-4, micro_batch_tokens=32768)
+# What fits pretrained weights on a GPU: small pieces, which leave room for the 150,000 logits of a
+# token. On a laptop a response takes a second.
 PRETRAINED = dict(
     warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=2e-5,
     value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=64,
@@ -123,7 +124,6 @@ LOGS = ('metrics.jsonl', 'samples.jsonl')
 PLAIN = ('seconds', 'evaluated', 'best', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
-LOCAL_RANKS = int(os.environ.get('LOCAL_WORLD_SIZE') or 1) # processes of this run on this machine
 stop_signal = 0 # the number of the signal that asked this process to stop
 
 
@@ -138,7 +138,7 @@ class Run:
     task: object
     tokenizer: object
     model: Transformer # the policy pi, and the value head; sharded when there are several ranks
-    rollout_model: Transformer # a whole copy that responds; the policy itself on one rank in float32
+    rollout_model: Transformer # a whole copy that responds, in the precision that computes
     scaler: torch.amp.GradScaler # in float16 it scales the loss, or small gradients would vanish
     optimizers: list # AdamW, and in the warm-up Muon
     reference: Transformer = None # pi_ref, whole and frozen
@@ -444,8 +444,7 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
     """Let the policy, which in stage 1 is still the reference, answer this rank's problems: call
     sample.respond, or sample.evaluate; `first` is the index of the first response in the batch of
     all ranks. Sampling takes longest, so a signal to stop interrupts it."""
-    if run.rollout_model is not run.model:
-        copy_weights(run.model, run.rollout_model)
+    copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
     with contextlib.suppress(Stopped), on_device(run.rollout_model):
         if problems: # there may be more ranks than held-out problems
@@ -510,7 +509,8 @@ def log_evaluation(run, when, one_in=1):
         for row in rows[::repeat][:8]:
             record(run, 'samples.jsonl', dict(step=run.step, **row))
     run.evaluated = run.step
-    run.best = max(run.best, (result['accuracy'], run.step))
+    if run.step >= warmup_steps: # each of these evaluations leaves a checkpoint
+        run.best = max(run.best, (result['accuracy'], run.step))
     try:
         if rank == 0:
             plot_runs([out_dir], os.path.join(out_dir, 'curves.png'))
@@ -554,11 +554,8 @@ def build(settings, checkpoint):
     model.pack = not compile # which would compile anew for each set of lengths
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
     optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
-    run = Run(settings, puzzles, tokenizer, model, model, scaler, optimizers, other=find_algorithm(algorithm))
-    # Sampling needs whole weights in the precision that computes; on one rank in float32 the
-    # policy's own are that.
-    if world_size > 1 or cpu_offload or dtype != 'float32' or compile:
-        run.rollout_model = frozen_copy(model)
+    run = Run(settings, puzzles, tokenizer, model, frozen_copy(model), scaler, optimizers,
+              other=find_algorithm(algorithm))
     if compile:
         with one_line('--compile=True, which needs a C++ compiler such as g++'):
             torch.compile(torch.sin)(torch.ones(2, device=device))
@@ -737,8 +734,9 @@ def optimizer_step(run):
     if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
              f"--value_learning_rate (in the warm-up --warmup_learning_rate); what {out_dir} holds is good")
-    for optimizer in run.optimizers if finite else ():
-        run.scaler.step(optimizer)
+    if finite:
+        for optimizer in run.optimizers:
+            run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad()
     return norm
@@ -802,7 +800,7 @@ def configure(argv):
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
-    given = {setting: typed(setting, text, defaults, name, kind) for setting, text in texts.items()} | paths
+    given = {setting: setting_value(setting, text, defaults, name, kind) for setting, text in texts.items()} | paths
 
     stored, fits = checkpoint['settings'] if checkpoint else {}, dict(kind.defaults)
     pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
@@ -865,14 +863,13 @@ def check_settings(settings, checkpoint):
             fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
                  f"which has {checkpoint['config'][name]}")
     other = find_algorithm(settings['algorithm'])
-    group = settings['num_responses_per_prompt'] if other and other.grouped else 1
-    if other and other.grouped and group < 2:
-        fail(f"--algorithm={settings['algorithm']} compares the responses to a prompt: "
-             "--num_responses_per_prompt must be at least 2")
-    units = dict(batch_size=world_size * group, warmup_batch_size=world_size, num_train_samples=world_size)
-    unused = ['num_train_samples'] * (group > 1) + ['warmup_batch_size'] * (settings['warmup_steps'] == 0)
+    units = dict(batch_size=world_size * (settings['num_responses_per_prompt'] if other and other.grouped else 1))
+    if settings['warmup_steps']:
+        units |= dict(warmup_batch_size=world_size)
+    if other is None:
+        units |= dict(num_train_samples=world_size)
     for name, unit in units.items():
-        if settings[name] % unit and name not in unused:
+        if settings[name] % unit:
             fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, x responses per prompt in a group)")
 
 
@@ -893,8 +890,6 @@ def join_ranks():
     if device.startswith('cuda'):
         torch.cuda.set_device(device)
         torch.set_float32_matmul_precision('high')
-    if device == 'cpu' and LOCAL_RANKS > 1: # torchrun gives each of several processes one thread
-        torch.set_num_threads(max(1, os.cpu_count() // LOCAL_RANKS))
     if device == 'cpu' and platform.libc_ver()[0] == 'glibc':
         # Keep freed memory for the next tensor instead of giving it back: a fifth faster
         # (M_MMAP_THRESHOLD, M_TRIM_THRESHOLD).
@@ -972,8 +967,6 @@ def claim(folder):
         pass
     if init_from != 'resume' and (glob.glob('*.pt', root_dir=folder) or os.path.exists(os.path.join(folder, LOGS[0]))):
         fail(f"{folder} already holds a run: use another --out_dir, or --init_from=resume where a checkpoint was saved")
-    for path in glob.glob(os.path.join(glob.escape(folder), '*.pt.tmp')): # one was killed while it saved
-        os.remove(path)
     return lock
 
 
@@ -995,11 +988,12 @@ def save_checkpoint(run, final=False):
     path = os.path.join(out_dir, 'tinyzero_astarpo_final.pt' if final else f'checkpoint_step_{run.step}.pt')
     logs = [os.path.join(out_dir, name) for name in LOGS]
     checkpoint['logged'] = [os.path.getsize(log) if os.path.exists(log) else 0 for log in logs]
-    with open(path + '.tmp', 'wb') as file:
+    temporary = os.path.join(out_dir, '.checkpoint.tmp') # one that was killed here is overwritten
+    with open(temporary, 'wb') as file:
         torch.save(checkpoint, file)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path + '.tmp', path)
+    os.replace(temporary, path)
     saved = checkpoints(out_dir)
     if keep_checkpoints and not final:
         for old in saved[:saved.index(path) + 1][:-keep_checkpoints]:
@@ -1010,7 +1004,7 @@ def save_checkpoint(run, final=False):
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
-    # What these settings decided lies behind the run.
+    # What these settings decide has been decided.
     settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', 'num_train_samples', 'warmup_muon_learning_rate']
     settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
     for name in settled:
@@ -1091,7 +1085,7 @@ def leave_if_asked(run):
 
 
 def files_of_code(*names):
-    """Return what a command needs besides to find this run's task or algorithm, where that is a
+    """Return the arguments by which a command finds this run's task or algorithm, where that is a
     file."""
     files = dict(task=task, algorithm=algorithm)
     return ''.join(f' --{name}={shlex.quote(files[name])}' for name in names if files[name].endswith('.py'))
@@ -1119,17 +1113,21 @@ def hint(run, metrics):
     run.rewards.append(metrics['reward'])
     steps, of_ten = len(run.rewards), np.convolve(run.rewards, np.full(10, 0.1), 'valid') # running means
     start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
-    signs = {
-        f"every reward so far is zero: give more --warmup_steps, or make the task easier ({parameters_of(run)})":
-            steps >= 5 and not any(run.rewards),
-        f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate":
-            metrics['truncated'] > 0.5,
-        f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: give "
-        f"--max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept":
-            steps >= 10 and of_ten[-1] < max(of_ten) - 0.05 or metrics['base_kl'] > 5,
-        f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}":
-            steps >= 50 and now < min(0.9, start + 0.02)}
-    for advice in [advice for advice, sign in signs.items() if sign and advice not in run.hints]:
+    if steps >= 5 and not any(run.rewards):
+        advise(run, "every reward so far is zero: give more --warmup_steps, or make the task easier "
+                    f"({parameters_of(run)})")
+    if metrics['truncated'] > 0.5:
+        advise(run, f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate")
+    if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - 0.05:
+        advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: give "
+                    f"--max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
+    if steps >= 50 and now < min(0.9, start + 0.02):
+        advise(run, f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}")
+
+
+def advise(run, advice):
+    """Print a hint, unless it was given before."""
+    if advice not in run.hints:
         run.hints.append(advice)
         print0(f"hint: {advice} (README, Why is my reward flat?)")
 

@@ -20,7 +20,7 @@ import sys
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 from sample import EVAL, find_checkpoint, held_out_problems, load, load_checkpoint, read_arguments, respond
-from tasks import END_THINK, evaluate
+from tasks import END_THINK, exact_value
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--checkpoint', nargs='+', metavar='PATH', help='files, or folders of runs',
@@ -45,7 +45,7 @@ def attempts(lines):
 def is_true(step):
     """Say whether a step such as '14-2=12' is right."""
     try:
-        return evaluate(step.partition('=')[0])[0] == int(step.partition('=')[2])
+        return exact_value(step.partition('=')[0])[0] == int(step.partition('=')[2])
     except ValueError: # what is no sum at all
         return False
 

@@ -14,7 +14,7 @@ import numpy as np
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 from sample import held_out_problems, make_task, read_arguments
-from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, evaluate, find_task
+from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value, find_task
 
 task = make_task('countdown', {}, read_arguments(sys.argv[1:]))
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
@@ -32,7 +32,7 @@ def random_expression(numbers):
 def tries_until_right(problem, most):
     """Count the random expressions up to the first that is right, or most + 1."""
     for count in range(1, most + 1):
-        if evaluate(random_expression(problem.numbers))[0] == problem.target:
+        if exact_value(random_expression(problem.numbers))[0] == problem.target:
             return count
     return most + 1
 

@@ -5,7 +5,7 @@ Its answer is a whole number, so it has a `solution`, and the class Task grades 
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, Task, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, Task, match_typed
 
 
 class Equation(Task):
@@ -36,7 +36,7 @@ class Equation(Task):
 
     def parse(self, text):
         """Read '3*x+7=22' or '3x + 7 = 22'. Raises ValueError."""
-        match = typed('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text, '3*x+7=22')
+        match = match_typed('([1-9][0-9]{0,4}) *[*]? *x *[+] *([0-9]{1,4}) *= *([0-9]{1,6})', text, '3*x+7=22')
         return '{}*x+{}={}'.format(*map(int, match.groups()))
 
     def difficulty(self, problem):

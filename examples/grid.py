@@ -5,7 +5,7 @@ It is one where the answer is not a number and many answers are right, so it has
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WHITE, Grade, Task, extract_answer, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WHITE, Grade, Task, extract_answer, match_typed
 
 
 class Grid(Task):
@@ -38,7 +38,7 @@ class Grid(Task):
 
     def parse(self, text):
         one_of_each = '(?=[^S]*S[^S]*$)(?=[^G]*G[^G]*$)' # looks ahead, takes nothing
-        return typed(f'{one_of_each}([.#SG]{{5}}/){{4}}[.#SG]{{5}}', text, 'S.#../.##../...../.#.#./....G')[0]
+        return match_typed(f'{one_of_each}([.#SG]{{5}}/){{4}}[.#SG]{{5}}', text, 'S.#../.##../...../.#.#./....G')[0]
 
     def demonstration(self, problem, rng):
         """

@@ -6,7 +6,7 @@ canonical (for problems that are texts) and difficulty.
 """
 import re
 
-from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task, extract_answer, typed
+from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task, extract_answer, match_typed
 
 
 class Sorting(Task):
@@ -41,7 +41,7 @@ class Sorting(Task):
 
     def parse(self, text):
         """Read what a person types to sample.py. Raises ValueError on all that `grade` could not handle."""
-        return tuple(map(int, typed('[0-9]+( +[0-9]+)+', text, '7 3 12')[0].split()))
+        return tuple(map(int, match_typed('[0-9]+( +[0-9]+)+', text, '7 3 12')[0].split()))
 
     def canonical(self, problem):
         """Return a text that is equal for problems that come to the same. About a tenth of these texts is held out."""
