@@ -157,7 +157,7 @@ def pass_at_k(verdicts, n, k):
 # The command line
 
 def main():
-    args, texts = parse_arguments()
+    args, words = parse_arguments()
     if args.plot:
         with one_line('--plot'):
             plot_runs(args.plot, args.output)
@@ -167,7 +167,7 @@ def main():
     given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
     untrained = UNTRAINED if 'folder' in checkpoint else {}
     settings = checkpoint['settings'] = untrained | checkpoint['settings'] | given
-    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens, texts)
+    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens, words)
     if args.num_examples and isinstance(tokenizer, Tokenizer):
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples, progress='sampling',
@@ -193,7 +193,7 @@ def main():
 
 
 def parse_arguments():
-    """Return the arguments, and {name: text} of others, which the task may take."""
+    """Return the arguments, and the words that are left over, which the task may take."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     parser.error, add = fail, parser.add_argument
@@ -221,7 +221,7 @@ def parse_arguments():
     least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
     if least < 0 or not math.isfinite(args.eval_temperature or 0):
         fail("--num_problems, --seed, --num_examples and --temperature must be at least 0")
-    return args, read_arguments(words)
+    return args, words
 
 
 def show(models, options, problems):
@@ -334,16 +334,13 @@ def plot_runs(folders, path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and one line for what goes wrong
 
-def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, texts={}):
+def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, words=()):
     """Return the model, task and tokenizer of a checkpoint, ready to respond; `name` is what
-    messages call it, texts are arguments for the task's class, {name: text}. The file of a task is
-    taken from task_name only: a checkpoint must not choose what code runs."""
+    messages call it, words are arguments for the task's class."""
     stored = checkpoint['task']
     if not stored and not task_name:
         fail(f"{name} was not trained here, so it needs --task=, such as --task=countdown")
-    if stored.endswith('.py') and not task_name:
-        fail(f"the task of {name} is a file, {stored}, and a checkpoint must not choose what runs: add --task={stored}")
-    task = make_task(task_name or stored, checkpoint['settings'], texts)
+    task = make_task(trusted(stored, task_name, '--task'), checkpoint['settings'], words)
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
@@ -355,6 +352,14 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, tex
         for p, whole in weights_of(checkpoint, model):
             p.copy_(whole)
     return model, task, tokenizer
+
+
+def trusted(stored, given, option):
+    """Return the name of a task or algorithm, given on the command line or else stored in a
+    checkpoint, which must not choose what code runs: a file has to be given."""
+    if stored.endswith('.py') and not given:
+        fail(f"a checkpoint must not choose what code runs, and this one names a file: add {option}={stored}")
+    return given or stored
 
 
 def weights_of(checkpoint, model):
@@ -369,32 +374,34 @@ def parameters(kind):
     return {name: p.default for name, p in inspect.signature(kind).parameters.items()}
 
 
-def read_arguments(argv):
-    """Return {name: text} of arguments such as --name=value and --name value."""
-    texts, words = {}, iter(argv)
-    for word in words:
-        name, equals, text = word.partition('=')
-        if not name.startswith('-'):
-            fail(f"{word!r} is no setting: write --name=value (--help lists all)")
-        texts[name.strip('-')] = text if equals or name in ('-h', '--help') else next(words, '')
-    return texts
+def read_arguments(words, defaults):
+    """Return the settings among words such as --name=value and --name value, as the types of their
+    defaults, and the words that are left over. One line and exit for a value that does not fit."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.error = fail
+    for name, default in defaults.items():
+        kind = true_or_false if isinstance(default, bool) else type(default)
+        parser.add_argument(f'--{name}', type=kind, default=argparse.SUPPRESS)
+    given, left_over = parser.parse_known_args(words)
+    return vars(given), left_over
 
 
-def setting_value(name, text, defaults, task_name, kind):
-    """Return a setting's text as the type of its default. One line and exit for a text that does
-    not fit, and for a name that is not among the defaults; then the message says what the task's
-    class takes."""
-    if name not in defaults:
-        close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
-        own = [f'--{setting}' for setting in parameters(kind)]
-        fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes "
-             f"{', '.join(own) or 'none of its own'})")
-    expected = type(defaults[name])
-    try:
-        return dict(true=True, false=False)[text.lower()] if expected is bool else expected(text)
-    except (KeyError, ValueError):
-        words = 'true or false' if expected is bool else f'of type {expected.__name__}'
-        fail(f"--{name} must be {words}, not {text!r}")
+def true_or_false(text):
+    """Return the bool that a text names. Raises ValueError for any other text."""
+    if text.lower() not in ('true', 'false'):
+        raise ValueError
+    return text.lower() == 'true'
+
+
+def refuse(word, defaults, task_name):
+    """End with one line about a word that names no setting: which one it may mean, and which ones
+    the task takes."""
+    if not word.startswith('-'):
+        fail(f"{word!r} is no setting: write --name=value (--help lists all)")
+    name = word.strip('-').partition('=')[0]
+    close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
+    own = ', '.join(f'--{setting}' for setting in parameters(task_class(task_name))) or 'none of its own'
+    fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes {own})")
 
 
 def task_class(name):
@@ -403,11 +410,14 @@ def task_class(name):
         return find_task(name)
 
 
-def make_task(name, settings, texts={}):
-    """Return the task of that name, or of that file, with its parameters among the settings, or in
-    arguments {name: text}."""
+def make_task(name, settings, words=()):
+    """Return the task of that name, or of that file, with its parameters among the settings, or
+    among words such as --max_number=99."""
     kind = task_class(name)
-    settings = settings | {k: setting_value(k, text, parameters(kind), name, kind) for k, text in texts.items()}
+    given, left_over = read_arguments(words, parameters(kind))
+    if left_over:
+        refuse(left_over[0], parameters(kind), name)
+    settings = settings | given
     with one_line(f'--task={name}', ValueError, OSError):
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
         made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it

@@ -1348,8 +1348,10 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
 
 @pytest.mark.parametrize('arguments, words', [
     (['--learning_rat=1'], "did you mean --learning_rate?"), (['batch_size=3'], "no setting: write --name=value"),
-    (['--batch_size=many'], "--batch_size must be of type int, not 'many'"),
-    (['--fresh_prompts=maybe'], "must be true or false"), (['--seed'], "--seed must be of type int, not ''"),
+    (['--batch_size=many'], "argument --batch_size: invalid int value: 'many'"),
+    (['--fresh_prompts=maybe'], "--fresh_prompts: invalid true_or_false value: 'maybe'"),
+    (['--seed'], "--seed: expected one argument"),
+    (['--out_dir', '--seed=3'], "--out_dir: expected one argument"),
     (['--task=chess'], "countdown, multiplication, chain"), (['--task=chess.py'], "no file chess.py"),
     (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
     (['--init_from=resume'], "nothing to resume"),
@@ -1369,7 +1371,7 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--num_examples=3'], "--num_examples is for pretrained weights"),
     (['--batch_size=1000000000000'], "below 2^31"),
     (['--init_from='], "must not be empty"),
-    (['--batch_size=0.5'], "of type int"),
+    (['--batch_size=0.5'], "invalid int value: '0.5'"),
     (['--batch_size=0'], "above 0"), (['--warmup_steps=-1'], "at least 0"),
     ([f'--init_from={HERE}/assets/countdown_base.pt', '--d_model=64'], "which has 128"),
     ([f'--init_from={HERE}/assets/countdown_base.pt', '--task=multiplication'], "is not that of the task"),
@@ -1678,7 +1680,7 @@ def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_p
     main(*TINY, '--warmup_steps=3', '--max_steps=2', f'--algorithm={copy}', f'--out_dir={tmp_path}/run')
     assert [row['phase'] for row in metrics(tmp_path / 'run') if 'kl' in row] == [str(copy)] * 2
     resumed = resumed_from(tmp_path / 'run', 5, tmp_path / 'part')
-    with pytest.raises(SystemExit, match=f'its algorithm is a file, add --algorithm={copy}'):
+    with pytest.raises(SystemExit, match=f'names a file: add --algorithm={copy}'):
         main('--init_from=resume', f'--out_dir={resumed}')
     main('--init_from=resume', f'--out_dir={resumed}', f'--algorithm={copy}')
     copy.write_text('def advantages(rewards): return rewards')
@@ -1929,7 +1931,7 @@ def test_sample_takes_the_settings_of_the_task(ask):
     checkpoint = f'--checkpoint={HERE}/assets/multiplication_base.pt'
     asked = re.findall(r'What is (\d+) × (\d+)', ask(checkpoint, '--max_factor=9', '--num_problems=3'))
     assert len(asked) == 3 and all(int(factor) <= 9 for pair in asked for factor in pair)
-    assert ask(checkpoint, '--max_factor=nine') == "error: --max_factor must be of type int, not 'nine'"
+    assert ask(checkpoint, '--max_factor=nine') == "error: argument --max_factor: invalid int value: 'nine'"
     assert 'unknown setting --max_number (--task=multiplication takes --max_factor' in ask(checkpoint, '--max_number=9')
 
 

@@ -44,7 +44,7 @@ from model import (
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
-    read_arguments, read_log, respond, run_script, setting_value, summarize, task_class, weights_of)
+    read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
 from tasks import TASKS, PretrainedTokenizer
 
 # ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
@@ -778,29 +778,28 @@ def configure(argv):
     is resumed < the command line. Returns all of them, those of the task's class included, and the
     checkpoint to start from."""
     read_cluster()
-    texts = read_arguments(argv)
-    paths = {name: os.path.expanduser(texts.get(name, SETTINGS[name])) for name in PATHS}
+    given, words = read_arguments(argv, SETTINGS)
+    paths = {name: os.path.expanduser(given.get(name, SETTINGS[name])) for name in PATHS}
     name = paths['task']
-    if texts.keys() & {'help', 'h'}:
+    if {'--help', '-h'} & {*words}:
         print_help(name)
     if '' in paths.values():
         fail("--task, --out_dir and --init_from must not be empty")
-    if 'out_dir' not in texts:
+    if 'out_dir' not in given:
         paths['out_dir'] = f"out/{os.path.basename(name).removesuffix('.py')}"
     checkpoint = open_start(paths['init_from'], paths['out_dir'])
     resuming = paths['init_from'] == 'resume'
-    if resuming and 'task' not in texts:
-        name = paths['task'] = checkpoint['task']
-    for kind_of_file in ('task', 'algorithm') if resuming else ():
-        file = checkpoint['settings'].get(kind_of_file, '')
-        if file.endswith('.py') and kind_of_file not in texts:
-            fail(f"a checkpoint must not choose what code runs: its {kind_of_file} is a file, "
-                 f"add --{kind_of_file}={file}")
+    if resuming:
+        name = paths['task'] = trusted(checkpoint['task'], paths['task'] if 'task' in given else '', '--task')
+        trusted(checkpoint['settings']['algorithm'], given.get('algorithm'), '--algorithm')
     kind = task_class(name)
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
-    given = {setting: setting_value(setting, text, defaults, name, kind) for setting, text in texts.items()} | paths
+    own, left_over = read_arguments(words, parameters(kind))
+    if left_over:
+        refuse(left_over[0], defaults, name)
+    given |= own | paths
 
     stored, fits = checkpoint['settings'] if checkpoint else {}, dict(kind.defaults)
     pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run

@@ -11,7 +11,7 @@ import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from sample import held_out_problems, make_task, read_arguments
+from sample import held_out_problems, make_task
 
-for numbers, target in held_out_problems(make_task('countdown', {}, read_arguments(sys.argv[1:])), 1000):
+for numbers, target in held_out_problems(make_task('countdown', {}, sys.argv[1:]), 1000):
     print(json.dumps(dict(nums=numbers, target=target)))

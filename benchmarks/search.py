@@ -13,10 +13,10 @@ import numpy as np
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-from sample import held_out_problems, make_task, read_arguments
+from sample import held_out_problems, make_task
 from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value, find_task
 
-task = make_task('countdown', {}, read_arguments(sys.argv[1:]))
+task = make_task('countdown', {}, sys.argv[1:])
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
 
 
