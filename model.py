@@ -499,7 +499,7 @@ def micro_batches(mask, micro_batch_tokens, at_least=1, packed=False):
         largest = pieces.pop()
         half = len(largest) // 2
         pieces += [largest[:half], largest[half:]]
-    return [torch.tensor(piece, device=mask.device) for piece in pieces]
+    return [torch.tensor(piece, dtype=torch.long, device=mask.device) for piece in pieces]
 
 
 def trim(tokens, mask):

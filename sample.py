@@ -127,7 +127,7 @@ def summarize(rows):
         return sum(row[name] for row in rows) / len(rows)
     n, p, z = len({row['prompt'] for row in rows}), mean('correct', rows), 1.96
     middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
-    interval = [(middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
+    interval = [max(0.0, middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)]
     groups = {group: [row for row in rows if row['difficulty'] == group]
               for group in sorted({row['difficulty'] for row in rows})}
     return dict(accuracy=p, interval_95=interval, count=len(rows),
@@ -398,16 +398,20 @@ def refuse(word, defaults, task_name):
     the task takes."""
     if not word.startswith('-'):
         fail(f"{word!r} is no setting: write --name=value (--help lists all)")
-    name = word.strip('-').partition('=')[0]
-    close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name, defaults, n=1)]
+    name = word.partition('=')[0]
+    close = [f'; did you mean --{match}?' for match in difflib.get_close_matches(name.strip('-'), defaults, n=1)]
     own = ', '.join(f'--{setting}' for setting in parameters(task_class(task_name))) or 'none of its own'
-    fail(f"unknown setting --{name}{''.join(close)} (--task={task_name} takes {own})")
+    fail(f"unknown setting {name}{''.join(close)} (--task={task_name} takes {own})")
 
 
 def task_class(name):
     """Return the class of a task, by its name or file. One line and exit when there is none."""
     with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
-        return find_task(name)
+        kind = find_task(name)
+    for parameter, default in parameters(kind).items():
+        if default is inspect.Parameter.empty:
+            fail(f"--task={name}: give the parameter {parameter} of its class a default")
+    return kind
 
 
 def make_task(name, settings, words=()):

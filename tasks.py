@@ -639,9 +639,10 @@ def find_task(name):
         return TASKS[name]
     if not name.endswith('.py'):
         raise ValueError(f"there is no task {name!r}, only {', '.join(TASKS)} and files such as examples/grid.py")
-    if not Path(name).is_file():
+    path = Path(name).expanduser()
+    if not path.is_file():
         raise ValueError(f"there is no file {name}")
-    module = runpy.run_path(name, run_name='task_file')
+    module = runpy.run_path(str(path), run_name='task_file')
     found = [thing for thing in module.values() if getattr(thing, '__module__', '') == 'task_file' and
              isinstance(thing, type) and issubclass(thing, Task)]
     if len(found) != 1:

@@ -1351,7 +1351,8 @@ def test_two_nodes_take_the_steps_of_one(tmp_path):
     (['--batch_size=many'], "argument --batch_size: invalid int value: 'many'"),
     (['--fresh_prompts=maybe'], "--fresh_prompts: invalid true_or_false value: 'maybe'"),
     (['--seed'], "--seed: expected one argument"),
-    (['--out_dir', '--seed=3'], "--out_dir: expected one argument"),
+    (['--out_dir', '--seed=3'], "--out_dir: expected one argument"), (['-seed=3'], "-seed; did you mean --seed?"),
+    (['--max_number', '--seed', '3', '10'], "--max_number: expected one argument"),
     (['--task=chess'], "countdown, multiplication, chain"), (['--task=chess.py'], "no file chess.py"),
     (['--d_model=30', '--n_heads=4'], "n_heads=4 does not divide d_model=30"),
     (['--init_from=resume'], "nothing to resume"),
@@ -1783,6 +1784,13 @@ def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):
     assert len(it['rates_table'](trials, rows).splitlines()) == 4
     it['plot'](runs, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 10_000
+
+
+def test_the_parameters_of_a_task_need_defaults(main, tmp_path):
+    (tmp_path / 'mine.py').write_text('from tasks import Chain\n\n\nclass Mine(Chain):\n    def __init__(self, most):\n'
+                                      '        super().__init__(most)\n')
+    with pytest.raises(SystemExit, match='give the parameter most of its class a default'):
+        main(f'--task={tmp_path}/mine.py', f'--out_dir={tmp_path}/run')
 
 
 def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):

@@ -119,7 +119,7 @@ PRETRAINED = dict(
 LAPTOP = PRETRAINED | dict(
     max_steps=40, batch_size=32, eval_interval=20, num_train_samples=16, num_responses_per_prompt=4,
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
-PATHS = ('task', 'out_dir', 'init_from')
+PATHS = ('task', 'out_dir', 'init_from', 'algorithm') # names or paths
 LOGS = ('metrics.jsonl', 'samples.jsonl')
 PLAIN = ('seconds', 'evaluated', 'best', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
@@ -778,28 +778,28 @@ def configure(argv):
     is resumed < the command line. Returns all of them, those of the task's class included, and the
     checkpoint to start from."""
     read_cluster()
-    given, words = read_arguments(argv, SETTINGS)
+    given, words = read_arguments(argv, {name: SETTINGS[name] for name in PATHS})
     paths = {name: os.path.expanduser(given.get(name, SETTINGS[name])) for name in PATHS}
-    name = paths['task']
     if {'--help', '-h'} & {*words}:
-        print_help(name)
+        print_help(paths['task'])
     if '' in paths.values():
-        fail("--task, --out_dir and --init_from must not be empty")
+        fail(f"{', '.join(f'--{name}' for name in PATHS)} must not be empty")
     if 'out_dir' not in given:
-        paths['out_dir'] = f"out/{os.path.basename(name).removesuffix('.py')}"
+        paths['out_dir'] = f"out/{os.path.basename(paths['task']).removesuffix('.py')}"
     checkpoint = open_start(paths['init_from'], paths['out_dir'])
     resuming = paths['init_from'] == 'resume'
     if resuming:
-        name = paths['task'] = trusted(checkpoint['task'], paths['task'] if 'task' in given else '', '--task')
-        trusted(checkpoint['settings']['algorithm'], given.get('algorithm'), '--algorithm')
+        for name in ('task', 'algorithm'):
+            paths[name] = trusted(checkpoint['settings'][name], paths[name] if name in given else '', f'--{name}')
+    name = paths['task']
     kind = task_class(name)
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
-    own, left_over = read_arguments(words, parameters(kind))
+    given, left_over = read_arguments(argv, defaults)
     if left_over:
         refuse(left_over[0], defaults, name)
-    given |= own | paths
+    given |= paths
 
     stored, fits = checkpoint['settings'] if checkpoint else {}, dict(kind.defaults)
     pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run

@@ -47,7 +47,6 @@ def one(arguments):
 def never_end(run):
     """Let no response end before the limit: a copy of the policy samples, whose end-of-sequence has
     a logit of -inf. The policy itself, which scores the responses, stays as it is."""
-    run.rollout_model = train.frozen_copy(run.model)
     ends = torch.tensor(run.tokenizer.ends, device=run.settings['device'])
     run.rollout_model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, ends, -torch.inf))
