@@ -1449,6 +1449,7 @@ def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, t
         main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
 
 
+@slow
 def test_two_processes_do_not_write_into_one_folder(main, trained, tmp_path):
     """One that starts, and one that resumes, is refused; the first is untouched."""
     arguments = [*TINY, '--warmup_steps=100000', f'--out_dir={tmp_path}/run']
@@ -1483,7 +1484,8 @@ def wait_for(process, path):
 @pytest.mark.parametrize('number, arguments, file', [
     (signal.SIGHUP, ['--warmup_steps=100000'], 'metrics.jsonl'), # in the warm-up
     # In a stage 1 of minutes, which starts when the evaluation after the warm-up has been logged.
-    (signal.SIGUSR1, ['--warmup_steps=60', '--num_train_samples=16384', '--max_steps=9'], 'samples.jsonl'),
+    pytest.param(signal.SIGUSR1, ['--warmup_steps=60', '--num_train_samples=16384', '--max_steps=9'], 'samples.jsonl',
+                 marks=slow),
     pytest.param(signal.SIGTERM, ['--warmup_steps=60', '--batch_size=16384', '--max_steps=9'], 'checkpoint_step_60.pt',
                  marks=slow), # in a rollout
     pytest.param(signal.SIGINT, ['--warmup_steps=60', '--num_responses_per_prompt=2', '--num_eval_samples=100000',
@@ -1835,6 +1837,7 @@ def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, cap
         main('--init_from=resume', f'--out_dir={out}', '--max_steps=3')
 
 
+@slow
 def test_what_a_stopped_run_advises_works_as_it_stands(tmp_path):
     """Quotes in a path, and a task from a file."""
     out = tmp_path / "it's a run"
