@@ -513,8 +513,8 @@ def trim(tokens, mask):
 @torch.no_grad()
 def embed_numbers(model, numbers):
     """Let tokens that are numbers, {id: value}, start as sines and cosines of their value (after
-    FoNE, arXiv 2502.09741). Addition then becomes rotation, which the model learns in minutes; from random
-    vectors it has to discover the order of the numbers first."""
+    FoNE, arXiv 2502.09741). Addition then becomes rotation, which the model learns in minutes; from
+    random vectors it has to discover the order of the numbers first."""
     ids, values = torch.tensor([*numbers.keys()]), torch.tensor([*numbers.values()], dtype=torch.float32)
     angles = values[:, None] * 2 * math.pi / torch.tensor([2, 3, 5, 7, 10, 20, 50, 100, 200, 400])
     waves = torch.cat((angles.cos(), angles.sin()), dim=1) # (numbers, 20), each row of length sqrt(10)
@@ -578,7 +578,8 @@ def counterparts(model):
 def weight_files(folder):
     """Return the paths of the safetensors files that hold a model: those that its index names,
     because others may lie there too, else the one whole file."""
-    index, names = os.path.join(folder, 'model.safetensors.index.json'), ['model.safetensors']
+    index = os.path.join(folder, 'model.safetensors.index.json')
+    names = ['model.safetensors']
     if os.path.exists(index):
         with open(index) as file:
             names = sorted({*json.load(file)['weight_map'].values()})

@@ -30,13 +30,13 @@ import torch.nn.functional as F
 import sample
 import train
 from apo import (
-    ALGORITHMS, apo_loss, cispo_loss, grpo_loss, group_advantages, gspo_loss, optimal_value, reinforce_loss,
+    ALGORITHMS, apo_loss, cispo_loss, grpo_loss, gspo_loss, optimal_value, reinforce_loss,
     sequence_logprobs, value_loss)
 from model import (KVCache, ModelConfig, Transformer, generate, load_pretrained, micro_batches, read_config,
                    sample_token, token_logprobs, trim)
 from sample import EVAL, TRAIN, held_out_problems, respond
 from tasks import (ANSWER, END_ANSWER, END_THINK, EOS, FORMS, TASKS, THINK, WRONG, Countdown, CountdownProblem,
-                   Multiplication, MultiplicationProblem, PretrainedTokenizer, Task, Tokenizer, exact_value, find_task,
+                   Multiplication, MultiplicationProblem, PretrainedTokenizer, Tokenizer, exact_value, find_task,
                    reachable, tokenizer_files)
 
 HERE = os.path.dirname(os.path.abspath(__file__))
@@ -2307,6 +2307,7 @@ def test_pretrained_weights_are_looked_at_before_hours_are_spent(tmp_path, capsy
     assert prompt.count('<answer>') == 2, "the words that ask for it, and one example"
 
 
+@slow
 def test_few_held_out_problems_are_asked_several_times(tmp_path, monkeypatch):
     """On the way an eighth of num_eval_samples, at the end all; all problems where there are less than 60."""
     asked = []
@@ -2494,6 +2495,7 @@ def fake(tmp_path, monkeypatch):
         del sys.modules[name] # monkeypatch then puts back what was there
 
 
+@slow
 def test_scorers_may_do_nothing_but_compute(fake, tmp_path):
     """An answer that makes the scorer try anything else, or take long, is wrong, and the next one is graded."""
     task, hacked = fake[0]('fake'), fake[1]

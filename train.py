@@ -778,6 +778,7 @@ def configure(argv):
     is resumed < the command line. Returns all of them, those of the task's class included, and the
     checkpoint to start from."""
     read_cluster()
+    # Names and paths come first: the task decides which other settings there are.
     given, words = read_arguments(argv, {name: SETTINGS[name] for name in PATHS})
     paths = {name: os.path.expanduser(given.get(name, SETTINGS[name])) for name in PATHS}
     if {'--help', '-h'} & {*words}:
@@ -820,8 +821,8 @@ def configure(argv):
     settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
-    check_settings(settings, checkpoint)
     globals().update({setting: settings[setting] for setting in SETTINGS})
+    check_settings(settings, checkpoint)
     join_ranks()
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
@@ -862,7 +863,7 @@ def check_settings(settings, checkpoint):
             fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
                  f"which has {checkpoint['config'][name]}")
     other = find_algorithm(settings['algorithm'])
-    units = dict(batch_size=world_size * (settings['num_responses_per_prompt'] if other and other.grouped else 1))
+    units = dict(batch_size=world_size * responses_per_prompt(other))
     if settings['warmup_steps']:
         units |= dict(warmup_batch_size=world_size)
     if other is None:
@@ -1003,7 +1004,7 @@ def save_checkpoint(run, final=False):
 def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
-    # What these settings decide has been decided.
+    # These settings have taken effect already.
     settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', 'num_train_samples', 'warmup_muon_learning_rate']
     settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
     for name in settled:

@@ -45,8 +45,8 @@ def one(arguments):
 
 
 def never_end(run):
-    """Let no response end before the limit: a copy of the policy samples, whose end-of-sequence has
-    a logit of -inf. The policy itself, which scores the responses, stays as it is."""
+    """Let no response end before the limit: in the copy that responds, end-of-sequence gets a logit
+    of -inf. The policy itself, which scores the responses, stays as it is."""
     ends = torch.tensor(run.tokenizer.ends, device=run.settings['device'])
     run.rollout_model.lm_head.register_forward_hook(
         lambda module, inputs, logits: logits.index_fill(-1, ends, -torch.inf))
