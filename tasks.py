@@ -393,25 +393,26 @@ class Countdown(Task):
         lines = [', '.join(re.sub('([-+*/=])', r' \1 ', step) for step in term.steps) for term in tries]
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{tries[-1].text[1:-1]}{END_ANSWER}'
 
-    def search(self, problem, pool=None, joined=(), first=''):
+    def search(self, problem, pool=None, joined=(), order=None):
         """
         Search from both ends, line by line, each with the solution that it found or None. `z ...:x
         y ...` sets one of three numbers, z, aside and lists what + - * / make of the target and z,
         which is what the other two would have to make, and what these do make. A number in both
         lists solves the puzzle; README walks through one. Of more than three numbers some are
-        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, those that
-        the operator `first` joins before all others; no solver guides the search. `pool` is what is
-        left of the numbers and `joined` the lines that say how, in a search within the search.
+        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, or in the
+        order of what `order` says of the joined Term; no solver guides the search. `pool` is what
+        is left of the numbers and `joined` the lines that say how, in a search within the search.
         """
         pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
         if len(pool) > 3:
             joins = [(i, x, y, term) for i, (x, y) in enumerate(itertools.combinations(pool, 2), start=1)
                      for term in self.joins(x, y)]
-            joins.sort(key=lambda join: first not in join[3].steps[-1]) # keeps the order of equals
+            if order:
+                joins.sort(key=lambda join: order(join[3])) # keeps the order of equals
             for i, x, y, term in joins:
                 rest = [other for other in pool if other is not x and other is not y]
                 line = f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}"
-                yield from self.search(problem, [term, *rest], [*joined, line], first)
+                yield from self.search(problem, [term, *rest], [*joined, line], order)
             return
         for line in joined:
             yield line, None

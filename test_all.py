@@ -556,19 +556,22 @@ def test_countdown_demonstrations_write_only_what_is_true():
 
 
 def test_the_four_searches_differ_in_what_they_join_first():
+    from examples.searches import ORDERS
     task, rng = example('searches')(), np.random.default_rng(0)
+    keys = {first: lambda line, first=first: first not in line for first in '+*/'}
+    keys['.'] = lambda line: int(line.partition('=')[2].split()[0])
     for problem in (task.problem(rng) for _ in range(50)):
         joins = [line for line, _ in task.search(problem) if ':' not in line] # 6)12/4=3 9 8
-        for first in '+-*/':
-            mine = [line for line, _ in task.search(problem, first=first) if ':' not in line]
-            assert sorted(mine) == sorted(joins) and mine == sorted(joins, key=lambda line: first not in line)
+        for name, order in ORDERS.items():
+            mine = [line for line, _ in task.search(problem, order=order) if ':' not in line]
+            assert sorted(mine) == sorted(joins) and mine == sorted(joins, key=keys[name])
     task = example('searches')(longest=200)
     pairs = [(problem, task.demonstration(problem, rng)) for problem in (task.problem(rng) for _ in range(200))]
     count = lambda text: len(Tokenizer(task.tokens).encode(text))
     assert np.mean([count(text) < 200 and task.grade(problem, text).correct for problem, text in pairs]) > 0.8
-    assert {text[0] for _, text in pairs} == {*'+-*/'}
+    assert {text[0] for _, text in pairs} == ORDERS.keys()
     for problem, text in pairs:
-        line, _ = next(task.search(problem, first=text[0]))
+        line, _ = next(task.search(problem, order=ORDERS[text[0]]))
         assert text.startswith(f'{text[0]}\n{line}\n'), "the first line names the search"
 
 

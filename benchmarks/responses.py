@@ -19,6 +19,7 @@ import sys
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
+from examples.searches import ORDERS
 from sample import EVAL, find_checkpoint, held_out_problems, load, load_checkpoint, respond
 from tasks import END_THINK, exact_value
 
@@ -72,7 +73,7 @@ for name in args.checkpoint:
             right.append(f"{tokenizer.prompt(task, problem)}{text}")
             count['no steps'] += not steps
             count['false step'] += not all(map(is_true, steps))
-        if lines[0] in {*'+-*/'}: # a search of examples/searches.py
+        if lines[0] in ORDERS: # a search of examples/searches.py
             begun.append((min(2, (problem.target - 1) // 33), lines[0], bool(correct)))
         true = collections.Counter(attempts(line for line, _ in task.search(problem)))
         written = collections.Counter(attempts(lines[:-1] if steps or truncated else lines)) # the last one is cut short
@@ -85,12 +86,12 @@ for name in args.checkpoint:
           f"| {count['repeated'] / count['attempts']:.1%} | {count['mistake'] / count['attempts']:.1%} "
           f"| {count['no steps']} of {len(right)} | {count['false step']} of {len(right)} |", flush=True)
     for third, bounds in enumerate(('1 to 33', '34 to 66', '67 to 100')):
-        cells, part = [], [(operator, verdict) for at, operator, verdict in begun if at == third]
-        for operator in '+-*/':
-            verdicts = [verdict for other, verdict in part if other == operator]
+        cells, part = [], [(first, verdict) for at, first, verdict in begun if at == third]
+        for first in ORDERS:
+            verdicts = [verdict for other, verdict in part if other == first]
             cells.append(f'{len(verdicts) / max(1, len(part)):.0%}, {sum(verdicts) / max(1, len(verdicts)):.0%}')
         choices += [f"| {os.path.basename(name)} | {bounds} | {' | '.join(cells)} |"] * bool(part)
 if choices:
-    print('\n| model | target | + first, right | - first | * first | / first |\n' + '|---' * 6 + '|')
+    print(f"\n| model | target | {' | '.join(f'`{first}` first, right' for first in ORDERS)} |\n" + '|---' * 6 + '|')
     print(*choices, sep='\n')
 print('\n\n'.join(['', *right[:args.read]]))

@@ -13,6 +13,7 @@ import numpy as np
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
+from examples.searches import ORDERS
 from sample import held_out_problems, make_task
 from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value, find_task
 
@@ -70,7 +71,7 @@ task = find_task(os.path.join(top, 'examples', 'searches.py'))()
 tokenizer = Tokenizer(task.tokens)
 problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
-needed = np.array([[2 + tokens_until_right(task.search(problem, first=first)) for problem in problems]
-                   for first in '+-*/'])
-print_table(problems, 'tokens', (100, 200, 400, 800), {f'{first} first': row for first, row in zip('+-*/', needed)} | {
+needed = np.array([[2 + tokens_until_right(task.search(problem, order=order)) for problem in problems]
+                   for order in ORDERS.values()])
+print_table(problems, 'tokens', (100, 200, 400, 800), {f'the search `{name}`': row for name, row in zip(ORDERS, needed)} | {
     'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})
