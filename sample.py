@@ -424,7 +424,7 @@ def make_task(name, settings, words=()):
     settings = settings | given
     with one_line(f'--task={name}', ValueError, OSError):
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
-        made.fold = settings.get('fold', 0) # older checkpoints, such as those in assets/, do not name it
+        made.fold = settings.get('fold', 0) # pretrained weights that were not trained here name none
         return made
 
 

@@ -399,9 +399,9 @@ class Countdown(Task):
         y ...` sets one of three numbers, z, aside and lists what + - * / make of the target and z,
         which is what the other two would have to make, and what these do make. A number in both
         lists solves the puzzle; README walks through one. Of more than three numbers some are
-        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn, or in the
-        order of what `order` says of the joined Term; no solver guides the search. `pool` is what
-        is left of the numbers and `joined` the lines that say how, in a search within the search.
+        joined first: `6)12/4=3 9 8` joins the sixth pair. Pair after pair has its turn; or `order`, a
+        function of the joined Term, sorts the joins. No solver guides the search. `pool` is what is
+        left of the numbers and `joined` the lines that say how, in a search within the search.
         """
         pool = pool or [Term(n, str(n), ()) for n in problem.numbers]
         if len(pool) > 3:

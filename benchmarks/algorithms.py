@@ -2,9 +2,8 @@
 A*PO against the algorithms it is compared with, from the same warmed-up base and with as many sampled
 responses.
 
-    python train.py --max_steps=0 --device=cpu --out_dir=out/base                                  # the base
-    python benchmarks/algorithms.py --base=out/base/tinyzero_astarpo_final.pt    # about nine hours on two cores
-    python benchmarks/algorithms.py --base=... --jobs=8        # on a GPU, where a run takes about half a minute
+    python benchmarks/algorithms.py                            # about nine hours on two cores
+    python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
@@ -14,8 +13,9 @@ seeds; then fresh seeds at that rate are evaluated on the held-out problems, whi
 warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) Every run is
 one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
 small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
-prints what is committed. Nothing checks that the base is the same: give the one that the records name, or delete
-them. Delete a row's records when its settings have changed.
+prints what is committed. Records that name another base than assets/countdown_base.pt started from one that earlier
+code had made by the same command, `python train.py --max_steps=0 --device=cpu`: delete them to compare from the present
+one. Delete a row's records when its settings have changed.
 """
 import argparse
 import hashlib

@@ -4,10 +4,13 @@ older commit's seconds, of ours, and of the ratio of each pair, with its least a
 
     python benchmarks/commits.py e441012               # five pairs, some two minutes each
     python benchmarks/commits.py e441012 --pairs=1     # a first look
+    python benchmarks/commits.py e441012 --pretrained=smollm2    # a step from pretrained weights instead
 
 Decoding steps of random weights of the default size, 256 tokens for so many rows; the warm-up of the default run, of
-which the first steps do not count; steps of A*PO from assets/countdown_base.pt, of which the first does not count,
-because until aad96c9 it took the responses of stage 1.
+which the first steps do not count; steps of A*PO from the older commit's assets/countdown_base.pt, of which the first
+does not count, because until aad96c9 it took the responses of stage 1. A step from pretrained weights is one of GRPO, without stage 1,
+because the prompts of e441012 earn nothing there; 32 responses, cut off at 20 tokens so that both write about as many,
+and each commit asks in its own words.
 """
 import argparse
 import json
@@ -38,12 +41,18 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('commit')
     parser.add_argument('--pairs', type=int, default=5)
+    parser.add_argument('--pretrained', default='', help='a folder of pretrained weights: examples/smollm2.py makes one')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         older = os.path.join(folder, 'older')
         subprocess.run(['git', 'worktree', 'add', '--quiet', '--detach', older, args.commit], cwd=TOP, check=True)
         try:
-            pairs = [(measure(older, 'older', folder), measure(TOP, 'ours', folder)) for _ in range(args.pairs)]
+            start = os.path.abspath(args.pretrained) if args.pretrained else f'{older}/assets/countdown_base.pt'
+            measure = of_pretrained if args.pretrained else of_default
+            pairs = []
+            for i in range(args.pairs):
+                pairs.append((measure(older, folder, start), measure(TOP, folder, start)))
+                print(f'{i + 1} of {args.pairs} pairs', file=sys.stderr, flush=True)
         finally:
             subprocess.run(['git', 'worktree', 'remove', '--force', older], cwd=TOP, check=True)
     print(f'| what, on {os.cpu_count()} cores | {args.commit} | ours | ours / older |\n|---|---|---|---|')
@@ -54,21 +63,28 @@ def main():
               f'| {statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f}) |')
 
 
-def measure(tree, which, folder):
-    """Return seconds by what was timed."""
-    code = [sys.executable, '-c', DECODING, tree, which, *map(str, ROWS)]
+def of_default(tree, folder, base):
+    """Return seconds by what was timed, with models of the default size."""
+    code = [sys.executable, '-c', DECODING, tree, 'ours' if tree == TOP else 'older', *map(str, ROWS)]
     steps = subprocess.run(code, check=True, capture_output=True, text=True).stdout.split()
     result = {f'a decoding step, {rows} rows, ms': 1000 * float(step) for rows, step in zip(ROWS, steps)}
     rows = train(tree, folder, '--warmup_steps=100', '--max_steps=0')[20:]
     seconds, tokens = (sum(row[name] for row in rows) for name in ('seconds_update', 'tokens'))
     result['1,000 tokens of warm-up, ms'] = 1e6 * seconds / tokens
-    base = f'--init_from={tree}/assets/countdown_base.pt'
-    rows = train(tree, folder, base, '--max_steps=7', '--num_train_samples=16')[1:]
-    result['sampling in a step of A*PO, s'] = statistics.mean(row['seconds_rollout'] for row in rows)
-    result['reference and update in a step of A*PO, s'] = statistics.mean(
-        row['seconds_reference'] + row['seconds_update'] for row in rows)
-    print(which, {name: round(value, 3) for name, value in result.items()}, file=sys.stderr, flush=True)
-    return result
+    rows = train(tree, folder, f'--init_from={base}', '--max_steps=7', '--num_train_samples=16')[1:]
+    return result | {f'{name} in a step of A*PO, s': seconds for name, seconds in seconds_of(rows).items()}
+
+
+def of_pretrained(tree, folder, weights):
+    """Return the seconds of a step from pretrained weights, and how many tokens it sampled."""
+    rows = train(tree, folder, f'--init_from={weights}', '--task=multiplication', '--max_factor=40', '--batch_size=32',
+                 '--algorithm=grpo', '--num_responses_per_prompt=4', '--max_new_tokens=20', '--max_steps=4')[1:]
+    return seconds_of(rows) | dict(tokens=statistics.mean(row['tokens'] for row in rows))
+
+
+def seconds_of(steps):
+    return {'sampling': statistics.mean(row['seconds_rollout'] for row in steps),
+            'reference and update': statistics.mean(row['seconds_reference'] + row['seconds_update'] for row in steps)}
 
 
 def train(tree, folder, *arguments):

@@ -4,6 +4,7 @@ it uses; and on a GPU how many tokens a second an update computes, against a mat
 
     python benchmarks/decoding.py                             # on a GPU two minutes; on a CPU the small model only
     python benchmarks/decoding.py --sizes small --rows 1 32 128
+    python benchmarks/decoding.py --profile                   # where a step of the small model spends its time on a CPU
 
 Random weights, no response ends before the limit. On a GPU a step is recorded once and repeated
 (model.Decoding.step); the column beside it is the same step started by Python. The bytes that must move are
@@ -16,6 +17,7 @@ import sys
 import time
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
@@ -30,7 +32,10 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--sizes', nargs='+', choices=MODELS, help='default: all on a GPU, small on a CPU')
     parser.add_argument('--rows', nargs='+', type=int, default=[1, 32, 128, 1024])
+    parser.add_argument('--profile', action='store_true')
     args = parser.parse_args()
+    if args.profile:
+        return print_profile(build('small', 'cpu').requires_grad_(False), args.rows)
     device = pick_device('auto')
     on_gpu, dtype = device.startswith('cuda'), pick_dtype(device)
     x = torch.empty(2 ** 31 if on_gpu else 2 ** 27, dtype=torch.uint8, device=device)
@@ -88,6 +93,21 @@ def step_seconds(model, rows, step):
     once = seconds(lambda: generate(model, prompts, TOKENS, 1.0, [-1], uniform), repeat=3)
     Decoding.step = own
     return once / TOKENS
+
+
+def print_profile(model, all_rows):
+    """Print which operations a decoding step starts, and their shares of its time, which the profiler makes longer."""
+    print('| rows | operation | calls a step | share of the time |\n|---|---|---|---|')
+    for rows in all_rows:
+        prompts, uniform = [list(range(2, 2 + PROMPT))] * rows, torch.rand(rows, TOKENS)
+        generate(model, prompts, TOKENS, 1.0, [-1], uniform)
+        with profile(activities=[ProfilerActivity.CPU]) as profiler:
+            generate(model, prompts, TOKENS, 1.0, [-1], uniform)
+        operations = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
+        whole = sum(one.self_cpu_time_total for one in operations)
+        print(f'| {rows:,} | all | {sum(one.count for one in operations) / TOKENS:.0f} | 100% |')
+        for one in operations[:6]:
+            print(f'| | {one.key} | {one.count / TOKENS:.0f} | {one.self_cpu_time_total / whole:.0%} |', flush=True)
 
 
 def print_update(size, tokens, device, dtype, rate):
