@@ -8,9 +8,9 @@ older commit's seconds, of ours, and of the ratio of each pair, with its least a
 
 Decoding steps of random weights of the default size, 256 tokens for so many rows; the warm-up of the default run, of
 which the first steps do not count; steps of A*PO from the older commit's assets/countdown_base.pt, of which the first
-does not count, because until aad96c9 it took the responses of stage 1. A step from pretrained weights is one of GRPO, without stage 1,
-because the prompts of e441012 earn nothing there; 32 responses, cut off at 20 tokens so that both write about as many,
-and each commit asks in its own words.
+does not count, because until aad96c9 it took the responses of stage 1. A step from pretrained weights is one of GRPO,
+without stage 1, because the prompts of e441012 earn nothing there; 32 responses, cut off at 20 tokens so that both
+write about as many, and each commit asks in its own words.
 """
 import argparse
 import json
@@ -41,7 +41,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('commit')
     parser.add_argument('--pairs', type=int, default=5)
-    parser.add_argument('--pretrained', default='', help='a folder of pretrained weights: examples/smollm2.py makes one')
+    parser.add_argument('--pretrained', default='', help='a folder of weights, as examples/smollm2.py makes')
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         older = os.path.join(folder, 'older')
@@ -72,19 +72,21 @@ def of_default(tree, folder, base):
     seconds, tokens = (sum(row[name] for row in rows) for name in ('seconds_update', 'tokens'))
     result['1,000 tokens of warm-up, ms'] = 1e6 * seconds / tokens
     rows = train(tree, folder, f'--init_from={base}', '--max_steps=7', '--num_train_samples=16')[1:]
-    return result | {f'{name} in a step of A*PO, s': seconds for name, seconds in seconds_of(rows).items()}
+    return result | seconds_of(rows, 'A*PO')
 
 
 def of_pretrained(tree, folder, weights):
     """Return the seconds of a step from pretrained weights, and how many tokens it sampled."""
     rows = train(tree, folder, f'--init_from={weights}', '--task=multiplication', '--max_factor=40', '--batch_size=32',
                  '--algorithm=grpo', '--num_responses_per_prompt=4', '--max_new_tokens=20', '--max_steps=4')[1:]
-    return seconds_of(rows) | dict(tokens=statistics.mean(row['tokens'] for row in rows))
+    return seconds_of(rows, 'GRPO') | dict(tokens=statistics.mean(row['tokens'] for row in rows))
 
 
-def seconds_of(steps):
-    return {'sampling': statistics.mean(row['seconds_rollout'] for row in steps),
-            'reference and update': statistics.mean(row['seconds_reference'] + row['seconds_update'] for row in steps)}
+def seconds_of(rows, algorithm):
+    """Return the mean seconds of a step's two parts."""
+    rest = [row['seconds_reference'] + row['seconds_update'] for row in rows]
+    return {f'sampling in a step of {algorithm}, s': statistics.mean(row['seconds_rollout'] for row in rows),
+            f'reference and update in a step of {algorithm}, s': statistics.mean(rest)}
 
 
 def train(tree, folder, *arguments):

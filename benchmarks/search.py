@@ -13,9 +13,9 @@ import numpy as np
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
-from examples.searches import ORDERS
+from examples.searches import ORDERS, Searches
 from sample import held_out_problems, make_task
-from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value, find_task
+from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value
 
 task = make_task('countdown', {}, sys.argv[1:])
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
@@ -67,11 +67,11 @@ print_table(problems, 'tries', (1, 16, 64), {
     'random expressions': np.array([tries_until_right(problem, 64) for problem in problems])})
 print_table(problems, 'tokens', (100, 200, 400, 800), {
     'the search': np.array([tokens_until_right(task.search(problem)) for problem in problems])})
-task = find_task(os.path.join(top, 'examples', 'searches.py'))()
+task = Searches()
 tokenizer = Tokenizer(task.tokens)
 problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
 needed = np.array([[2 + tokens_until_right(task.search(problem, order=order)) for problem in problems]
                    for order in ORDERS.values()])
-print_table(problems, 'tokens', (100, 200, 400, 800), {f'the search `{name}`': row for name, row in zip(ORDERS, needed)} | {
+print_table(problems, 'tokens', (100, 200, 400, 800), {f'search `{name}`': row for name, row in zip(ORDERS, needed)} | {
     'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})

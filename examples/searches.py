@@ -8,7 +8,7 @@ four and chooses among them at random. Which one fits a puzzle is left for A*PO 
 """
 from tasks import Countdown, Tokenizer
 
-ORDERS = { # by the first line: what says of a join how early it is tried
+ORDERS = { # by the first line of a response: what the joins are sorted by
     '+': lambda term: '+' not in term.steps[-1], # sums before all other joins
     '*': lambda term: '*' not in term.steps[-1],
     '/': lambda term: '/' not in term.steps[-1],
