@@ -7,8 +7,7 @@ Write the tables of README.md and RESULTS.md that come from whole runs, and the 
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. A row is of
 the runs of one command: means of accuracies, the median of the minutes. The table `algorithms` is that of
-algorithms.py. (The SmolLM2 files were put together from metrics.jsonl, because their summaries had not been
-brought back from the GPU.)
+algorithms.py.
 """
 import argparse
 import glob
