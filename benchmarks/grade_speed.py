@@ -4,6 +4,7 @@ that 256 characters can do to the verifier.
 
     python benchmarks/grade_speed.py
 """
+import argparse
 import os
 import sys
 import timeit
@@ -23,6 +24,7 @@ WORST = {
     'white space': ' ' * 255 + '1',
 }
 
+argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
 rng = np.random.default_rng(0)
 for name, kind in TASKS.items():
     task = kind()

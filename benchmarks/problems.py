@@ -6,6 +6,7 @@ line, so that other models can be graded on them; `sample.py --eval --problems=F
 
 It takes the settings of the task. The puzzles are 1,000, the first that an evaluation with these settings takes.
 """
+import argparse
 import json
 import os
 import sys
@@ -13,5 +14,7 @@ import sys
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from sample import held_out_problems, make_task
 
-for numbers, target in held_out_problems(make_task('countdown', {}, sys.argv[1:]), 1000):
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+settings = parser.parse_known_args()[1]
+for numbers, target in held_out_problems(make_task('countdown', {}, settings), 1000):
     print(json.dumps(dict(nums=numbers, target=target)))

@@ -6,6 +6,7 @@ four searches of examples/searches.py, each alone, one at random, and the best o
     python benchmarks/search.py                                    # half a minute
     python benchmarks/search.py --min_numbers=5 --max_numbers=5    # the first two tables take the settings of the task
 """
+import argparse
 import os
 import sys
 
@@ -17,7 +18,8 @@ from examples.searches import ORDERS, Searches
 from sample import held_out_problems, make_task
 from tasks import ANSWER, END_ANSWER, END_THINK, EOS, Tokenizer, exact_value
 
-task = make_task('countdown', {}, sys.argv[1:])
+parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+task = make_task('countdown', {}, parser.parse_known_args()[1])
 tokenizer, rng = Tokenizer(task.tokens), np.random.default_rng(0)
 
 
