@@ -66,7 +66,7 @@ GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length')
 
 
 def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, first=0,
-            rollout_rows=1024, watch=None, progress=''):
+            rollout_rows=1024, watch=None, progress=None):
     """
     Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. Every
     reward is decided here, for stage 1, stage 2 and evaluation alike: it is what the task's `grade`
@@ -74,8 +74,8 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
 
     The noise of a response follows from the integers in key and from its index in the whole batch,
     where `first` is that of the first one here: so it does not matter how ranks and pieces share
-    the batch. watch: see model.generate. progress: the name of this work in the lines that say how
-    long it still takes, none where it is empty. Returns a Batch.
+    the batch. watch: see model.generate. progress, a function, is given a line that says how long
+    many responses still take. Returns a Batch.
     """
     started, device = time.monotonic(), model.embed.weight.device
     problems = [problem for problem in problems for _ in range(repeat)]
@@ -90,7 +90,7 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
         done, spent = start + len(part), time.monotonic() - started
         if progress and spent > 10 and done < len(problems): # many long responses take minutes
             left = spent / 60 * (len(problems) / done - 1)
-            print(f'{progress}: {done:,} of {len(problems):,} responses, {left:.1f} min left', flush=True)
+            progress(f'{done:,} of {len(problems):,} responses, {left:.1f} min left')
     tokens = pad_sequence([row for piece, _ in pieces for row in piece], True, tokenizer.ends[0]) # (B, T)
     mask = pad_sequence([row for _, piece in pieces for row in piece], True)
 
@@ -170,8 +170,9 @@ def main():
     models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens, words)
     if args.num_examples and isinstance(tokenizer, Tokenizer):
         fail("--num_examples is for pretrained weights: other models are not asked in words")
-    options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples, progress='sampling',
-                   temperature=settings['eval_temperature'], max_new_tokens=settings['max_new_tokens'])
+    options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples,
+                   temperature=settings['eval_temperature'], max_new_tokens=settings['max_new_tokens'],
+                   progress=lambda line: print(f'sampling: {line}', flush=True))
     print(f"{path}: {args.task or checkpoint['task']}, {model.num_params():,} parameters, "
           f"step {checkpoint['step']}, temperature {settings['eval_temperature']}")
     with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
@@ -461,9 +462,9 @@ def open_model(start):
         return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={}, task='', step=0)
 
 
-def load_checkpoint(path):
-    """Read and verify a checkpoint of ours. One line and exit when it is missing, damaged or
-    something else."""
+def load_checkpoint(path, needed=()):
+    """Read and verify a checkpoint of ours, which must hold what is needed too. One line and exit
+    when it is missing, damaged or something else."""
     with one_line(f'{path} as a checkpoint of this program'):
         with zipfile.ZipFile(path) as archive: # torch.load does not look at the checksums
             if archive.testzip():
@@ -471,14 +472,14 @@ def load_checkpoint(path):
         checkpoint = torch.load(path, map_location='cpu', weights_only=True, mmap=True)
         if not isinstance(checkpoint, dict) or checkpoint.get('format') != FORMAT:
             raise ValueError(f"it does not say {FORMAT!r}")
-        if missing := {'task', 'step', 'settings', 'config', 'tokenizer', 'model'} - checkpoint.keys():
+        if missing := {'task', 'step', 'settings', 'config', 'tokenizer', 'model', *needed} - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
         return checkpoint
 
 
 def find_checkpoint(path):
     """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest
-    run's."""
+    run's, or the one in assets/."""
     if path == '':
         fail("--checkpoint= names nothing")
     path = os.path.expanduser(path or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt')
@@ -500,6 +501,9 @@ def pick_device(device, local_rank='0'):
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device == 'cuda':
         device = f'cuda:{local_rank}'
+        ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
+        if ranks > max(1, torch.cuda.device_count()):
+            fail(f"--nproc_per_node={ranks} needs as many GPUs, and this machine has {torch.cuda.device_count()}")
     with one_line(f'--device={device}'):
         torch.zeros(1, device=device).item()
     return device

@@ -5,6 +5,7 @@ those too that take longer: killed processes, four ranks, two nodes, transformer
 import gc
 import glob
 import importlib
+import io
 import itertools
 import json
 import math
@@ -1450,6 +1451,16 @@ def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, t
         main(*TINY, f'--out_dir={tmp_path}')
     with pytest.raises(SystemExit, match='nothing to resume.*start without --init_from=resume, with another --out_dir'):
         main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
+    shutil.copy(f'{trained}/tinyzero_astarpo_final.pt', tmp_path / 'checkpoint_step_1.pt')
+    with pytest.raises(SystemExit, match='checkpoint_step_1.pt as a checkpoint of this program: it lacks .*optimizers'):
+        main(*TINY, f'--out_dir={tmp_path}', '--init_from=resume')
+
+
+def test_more_ranks_than_gpus_are_refused_by_the_first(monkeypatch):
+    monkeypatch.setenv('LOCAL_WORLD_SIZE', '8')
+    monkeypatch.setattr(torch.cuda, 'device_count', lambda: 4)
+    with pytest.raises(SystemExit, match='error: --nproc_per_node=8 needs as many GPUs, and this machine has 4'):
+        sample.pick_device('cuda')
 
 
 @slow
@@ -1533,6 +1544,17 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
     assert interrupted == [50, 60, 60, 62, 68] and streams == [EVAL, EVAL, sample.STAGE1, TRAIN, EVAL]
     assert_same(trained, tmp_path / 'run')
     assert logged(trained) == logged(tmp_path / 'run')
+
+
+@pytest.mark.parametrize('error', [BrokenPipeError(), OSError(5, 'Input/output error')]) # behind head, a closed terminal
+def test_a_run_continues_when_nobody_reads_its_lines(monkeypatch, error):
+    class Gone(io.StringIO):
+        def write(self, text):
+            raise error
+    monkeypatch.setattr(sys, 'stdout', Gone())
+    train.print0('a line')
+    train.print0('another')
+    assert not isinstance(sys.stdout, Gone)
 
 
 def test_ignored_signals_stay_ignored(main, monkeypatch):

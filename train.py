@@ -51,7 +51,7 @@ from tasks import TASKS, PretrainedTokenizer
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
 out_dir = 'out/TASK' # where checkpoints, metrics and curves go; by default out/ and the task's name
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
-seed = 1337 # problems, weights and sampling noise all follow from it
+seed = 1337 # training problems, weights and sampling noise all follow from it
 device = 'auto' # auto | cpu | cuda | mps
 dtype = 'auto' # auto | float32 | bfloat16 | float16: of the matrix multiplies; master weights are always float32
 compile = False # torch.compile the training forward
@@ -81,7 +81,7 @@ temperature = 1.0 # divides the logits, in sampling and in scoring alike
 num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
-num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO
+num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO and its kin
 fresh_prompts = True # new prompts at every step, V* from the value head; False: those of stage 1, with their own V*
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
@@ -91,7 +91,7 @@ fold = 0 # which tenth of the problems is held out; choose settings on another o
 num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
 eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
-keep_checkpoints = 3 # the newest checkpoints that stay on the disk; 0: all
+keep_checkpoints = 3 # the newest checkpoints that stay on the disk, beside the best evaluation's; 0: all
 tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
 # memory
 micro_batch_tokens = 2048 # tokens in one forward and backward pass
@@ -102,8 +102,8 @@ cpu_offload = False # keep master weights, optimizer state and, between uses, th
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
 CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb'))
-# The least that a number may be, where it is not just above 0; below 0.03 the value head's gradient
-# overflows.
+# The least that a number may be, where it is not just above 0; with a beta1 below 0.03 the value
+# head's gradient overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03, num_responses_per_prompt=2)
 # What fits a GPU.
@@ -198,7 +198,7 @@ def main():
             estimate_values(run)
             save_checkpoint(run)
         # Stage 2: regress beta2 log(pi / pi_ref) on the optimal advantage r - V*, with one fresh
-        # response per prompt.
+        # response per prompt, or take a step of another algorithm.
         report(run, algorithm, policy_step(run))
         if ref_update_interval and (stage2_step + 1) % ref_update_interval == 0:
             run.reference = frozen_copy(run.model)
@@ -451,7 +451,7 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
             result = function(
                 run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat,
                 first=first, max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
-                watch=watch_signals, progress=name if rank == 0 else '')
+                watch=watch_signals, progress=lambda line: print0(f'{name}: {line}'))
     leave_if_asked(run)
     return result
 
@@ -479,7 +479,7 @@ def look(run):
     print0(f"of 8 responses {result['formatted']:.0%} have the format, {result['accuracy']:.0%} are right, "
            f"{result['truncated']:.0%} are cut off at {max_new_tokens} tokens; they took {minutes:.1f} min, "
            f"and a step samples {batch_size}")
-    print0(f"weights, gradients and optimizer need {24 * params / 1e9:.1f} GB of memory, "
+    print0(f"weights, gradients, optimizer and copies need {24 * params / 1e9:.1f} GB of memory, "
            f"each checkpoint {16 * params / 1e9:.1f} GB of disk")
     if not result['formatted']:
         print0(f"hint: nothing has the format: raise --num_examples={num_examples} (a task without demonstrations "
@@ -723,8 +723,8 @@ def set_learning_rates(run, factor, warmup_rates={}):
 
 def optimizer_step(run):
     """Clip, step, clear. Returns the norm of the policy's gradient before clipping. A gradient that
-    is not finite changes nothing: in float16 the next loss is scaled by less, and where that is not
-    the cause the run ends with one line."""
+    is not finite changes nothing, and 0 is returned: in float16 the next loss is scaled by less, and
+    where that is not the cause the run ends with one line."""
     for optimizer in run.optimizers:
         run.scaler.unscale_(optimizer)
     # The value head by itself, or its gradient, large and noisy, would shrink the policy's.
@@ -739,7 +739,7 @@ def optimizer_step(run):
             run.scaler.step(optimizer)
     run.scaler.update()
     run.model.zero_grad()
-    return norm
+    return norm if finite else 0.0
 
 
 def policy_parameters(run):
@@ -915,17 +915,14 @@ def leave_ranks():
 def open_start(start, folder):
     """Return the checkpoint, or what is needed of pretrained weights, that a run in this folder
     starts from; None from scratch. One line and exit when there is none."""
-    if start == 'resume':
-        if saved := checkpoints(folder):
-            checkpoint = load_checkpoint(saved[-1])
-            if 'optimizers' not in checkpoint:
-                fail(f"{saved[-1]} is a final model: it has no state to resume, start from it by --init_from")
-            return checkpoint
-        fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
-             "with another --out_dir if the folder is there")
     if start == 'scratch':
         return None
-    return open_model(start)
+    if start != 'resume':
+        return open_model(start)
+    if not checkpoints(folder):
+        fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
+             "with another --out_dir if the folder is there")
+    return load_checkpoint(checkpoints(folder)[-1], needed=('optimizers', *PLAIN))
 
 
 def find_algorithm(name):
@@ -1015,8 +1012,6 @@ def restore(run, checkpoint):
     if run.settings[name] < taken:
         fail(f"--{name}={run.settings[name]} comes too late: this run has taken {taken} steps")
     for name in PLAIN:
-        if name not in checkpoint:
-            fail(f"{out_dir} was saved by another version of this program, without '{name}': use that, or start anew")
         setattr(run, name, checkpoint[name])
     if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
@@ -1206,12 +1201,12 @@ def machine():
 
 
 def print0(*words, **options):
-    """Print by rank 0; when nobody reads any more, as behind `head`, the run continues in
-    silence."""
+    """Print by rank 0; when nobody reads any more, as behind `head` or in a closed terminal, the run
+    continues in silence."""
     if rank == 0:
         try:
             print(*words, flush=True, **options)
-        except BrokenPipeError:
+        except OSError:
             sys.stdout = open(os.devnull, 'w')
 
 
