@@ -50,7 +50,7 @@ TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2
         '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32',
         '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--device=cpu',
         '--num_responses_per_prompt=4', '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
-SMALL = ['grid', 'equation', 'sorting', 'searches'] # of examples/
+SMALL = ['grid', 'equation', 'sorting', 'searches', 'larger'] # of examples/
 
 
 TORCHRUN = [sys.executable, '-m', 'torch.distributed.run', '--master_port=0', '--rdzv_backend=c10d',
@@ -515,7 +515,7 @@ def test_tokens_go_round_and_demonstrations_have_the_format(name):
         assert len(tokenizer.encode(prompt)) <= task.longest_prompt
         grades.append(task.grade(problem, demonstration))
     assert all(g.formatted for g in grades)
-    low, high = dict(countdown=(0.5, 0.75), grid=(0.5, 0.7), searches=(0.9, 1)).get(name, (1, 1))
+    low, high = dict(countdown=(0.5, 0.75), grid=(0.5, 0.7), searches=(0.9, 1), larger=(0.35, 0.6)).get(name, (1, 1))
     assert low <= np.mean([g.correct for g in grades]) <= high, "most tasks' demonstrations often fail"
     assert all(max(len(t) for t in tokenizer.decode([i]).split()) > 0
                for i in range(len(tokenizer.tokens)) if tokenizer.tokens[i].strip())
@@ -574,6 +574,28 @@ def test_the_four_searches_differ_in_what_they_join_first():
     for problem, text in pairs:
         line, _ = next(task.search(problem, order=ORDERS[text[0]]))
         assert text.startswith(f'{text[0]}\n{line}\n'), "the first line names the search"
+
+
+def test_no_solution_with_five_numbers_is_demonstrated():
+    """The search finds nothing, and its last line is worked out truly, to something else than the target."""
+    task, rng, tried = example('larger')(min_numbers=5), np.random.default_rng(0), []
+    for problem in (task.problem(rng) for _ in range(200)):
+        thinking, _, rest = task.demonstration(problem, rng).partition(END_THINK)
+        searched = [line.split(':') for line in thinking.splitlines() if ':' in line]
+        for wanted, made, *_ in searched:
+            assert not {*wanted.split()[1:]} & {*made.split()[2:]} - {'.'}
+        assert [len(line) for line in searched] == [2] * (len(searched) - 1) + [3]
+        numbers, steps = list(problem.numbers), searched[-1][2].split()
+        for expression, result in (step.split('=') for step in steps):
+            value, used = exact_value(expression)
+            assert value == int(result)
+            for n in used:
+                numbers.remove(n)
+            numbers.append(value)
+        value, used = exact_value(rest.removeprefix(ANSWER).removesuffix(END_ANSWER))
+        assert len(steps) == 4 and numbers == [value] != [problem.target] and sorted(used) == sorted(problem.numbers)
+        tried.append(len(searched))
+    assert set(range(1, 5)) < set(tried) and max(tried) <= 40 and 0.55 < np.mean(np.array(tried) <= 4) < 0.8
 
 
 def test_the_working_of_other_demonstrations_is_true():
