@@ -596,6 +596,8 @@ def test_no_solution_with_five_numbers_is_demonstrated():
         assert len(steps) == 4 and numbers == [value] != [problem.target] and sorted(used) == sorted(problem.numbers)
         tried.append(len(searched))
     assert set(range(1, 5)) < set(tried) and max(tried) <= 40 and 0.55 < np.mean(np.array(tried) <= 4) < 0.8
+    everywhere = CountdownProblem((1, 1, 1, 1, 1), 1) # whatever is joined, a solution is left
+    assert task.grade(everywhere, task.demonstration(everywhere, rng)) == WRONG._replace(formatted=True)
 
 
 def test_the_working_of_other_demonstrations_is_true():

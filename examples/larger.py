@@ -25,14 +25,18 @@ class Larger(Countdown):
         if len(problem.numbers) < 5:
             return super().demonstration(problem, rng)
         lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else rng.integers(5, 41)
-        while patience > 0:
-            joined, pool = self.join(problem, rng)
-            search = list(self.search(problem, pool, joined)) # lines that join, and one for each of the three left
+        for _ in range(1000): # every join of 1 1 1 1 1=1 leaves a solution
+            joined, three = self.join(problem, rng)
+            search = list(self.search(problem, three, joined)) # lines that join, and one for each of the three
             if any(solution for _, solution in search):
                 continue
-            tried = min(patience, 3)
+            pool, tried = three, min(patience, 3)
             lines += [line for line, _ in search[:len(joined) + tried]]
             patience -= tried
+            if not patience:
+                break
+        if not lines:
+            return self.response(problem, []) # the sum of the numbers
         # Some result of the last line's x and y, and some result of that and of z.
         z = pool[tried - 1]
         x, y = [term for term in pool if term is not z]
