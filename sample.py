@@ -201,7 +201,7 @@ def parse_arguments():
     add('--checkpoint', help='a checkpoint, the folder of a run, or pretrained weights (default: see above)')
     add('--task', default='', help="the task of a model that was not trained here, or the file of a trained one's")
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
-    add('--eval', action='store_true', help='grade held-out problems, or those of a file, write sample_eval.json')
+    add('--eval', action='store_true', help='grade held-out problems, or those of a file, add to sample_eval.jsonl')
     add('--problems', help='a file of problems, one a line as typed (or {"nums": [3, 5, 7], "target": 22})')
     add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval 2000, of a file all)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
@@ -269,8 +269,8 @@ def read_problems(path, task, tokenizer):
 
 
 def grade_problems(models, options, path, problems, source):
-    """Grade responses to problems, which are from that source. The numbers also go to
-    sample_eval.json, beside a checkpoint of ours, else into the current folder."""
+    """Grade responses to problems, which are from that source. The numbers are also added to
+    sample_eval.jsonl, beside a checkpoint of ours, else in the current folder."""
     n = options['repeat']
     rows = evaluate(*models, problems, **options)
     result = summarize(rows)
@@ -278,13 +278,14 @@ def grade_problems(models, options, path, problems, source):
     verdicts = [int(sum(correct[i:i + n])) for i in range(0, len(rows), n)]
     print(summary_line(verdicts, n))
     print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
-    target = os.path.join(os.path.dirname(path) if path.endswith('.pt') else '', 'sample_eval.json')
-    with open(target, 'w') as file:
-        own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
-        json.dump(dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), problems=source,
-                       num_problems=len(verdicts), num_samples=n, temperature=options['temperature'], **result),
-                  file, indent=2)
-    print(f'wrote {target}')
+    own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
+    row = dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), problems=source,
+               num_problems=len(verdicts), num_samples=n, temperature=options['temperature'],
+               max_new_tokens=options['max_new_tokens'], seed=options['key'][0], **result)
+    target = os.path.join(os.path.dirname(path) if path.endswith('.pt') else '', 'sample_eval.jsonl')
+    with open(target, 'a') as file:
+        file.write(json.dumps(row) + '\n')
+    print(f'added to {target}')
 
 
 def read_log(path):

@@ -577,13 +577,19 @@ def test_the_four_searches_differ_in_what_they_join_first():
 
 
 def test_no_solution_with_five_numbers_is_demonstrated():
-    """The search finds nothing, and its last line is worked out truly, to something else than the target."""
-    task, rng, tried = example('larger')(min_numbers=5), np.random.default_rng(0), []
-    for problem in (task.problem(rng) for _ in range(200)):
-        thinking, _, rest = task.demonstration(problem, rng).partition(END_THINK)
+    """A search among five numbers finds nothing. One that is given up ends with what its last line makes that is nearest
+    to the target, worked out truly."""
+    rng, tried = np.random.default_rng(0), {3: [], 4: [], 5: []}
+    def after(x, y): # what + - * / make of two numbers
+        return {x + y, abs(x - y), x * y} | ({Fraction(max(x, y), min(x, y))} if min(x, y) else set())
+    for problem in (example('larger')().problem(rng) for _ in range(400)):
+        demonstration = example('larger')().demonstration(problem, rng)
+        thinking, _, rest = demonstration.partition(END_THINK)
+        correct = example('larger')().grade(problem, demonstration).correct
         searched = [line.split(':') for line in thinking.splitlines() if ':' in line]
-        for wanted, made, *_ in searched:
-            assert not {*wanted.split()[1:]} & {*made.split()[2:]} - {'.'}
+        for i, (wanted, made, *_) in enumerate(searched):
+            hit = {*wanted.split()[1:]} & {*made.split()[2:]} - {'.'}
+            assert bool(hit) == (correct and i == len(searched) - 1) and not (hit and len(problem.numbers) == 5)
         assert [len(line) for line in searched] == [2] * (len(searched) - 1) + [3]
         numbers, steps = list(problem.numbers), searched[-1][2].split()
         for expression, result in (step.split('=') for step in steps):
@@ -593,10 +599,17 @@ def test_no_solution_with_five_numbers_is_demonstrated():
                 numbers.remove(n)
             numbers.append(value)
         value, used = exact_value(rest.removeprefix(ANSWER).removesuffix(END_ANSWER))
-        assert len(steps) == 4 and numbers == [value] != [problem.target] and sorted(used) == sorted(problem.numbers)
-        tried.append(len(searched))
-    assert set(range(1, 5)) < set(tried) and max(tried) <= 40 and 0.55 < np.mean(np.array(tried) <= 4) < 0.8
-    everywhere = CountdownProblem((1, 1, 1, 1, 1), 1) # whatever is joined, a solution is left
+        assert len(steps) == len(used) - 1 and numbers == [value] and sorted(used) == sorted(problem.numbers)
+        z, (x, y, *_) = int(searched[-1][0].split()[0]), map(int, searched[-1][1].split()[:2])
+        # A search leaves out products with 0.
+        middles = after(x, y) - ({0} if x * y == 0 and x != y else set())
+        ends = [end for middle in middles for end in after(middle, z)
+                if max(middle, end) <= 150 and middle == int(middle) and end == int(end)]
+        assert abs(value - problem.target) == min(abs(end - problem.target) for end in ends)
+        tried[len(used)].append(len(searched))
+    assert set(range(1, 5)) < set(tried[5]) and max(tried[5]) <= 40
+    assert 0.55 < np.mean(np.array(tried[5]) <= 4) < 0.8 and len(tried[3]) > 90 and len(tried[4]) > 90
+    task, everywhere = example('larger')(), CountdownProblem((1, 1, 1, 1, 1), 1) # every join leaves a solution
     assert task.grade(everywhere, task.demonstration(everywhere, rng)) == WRONG._replace(formatted=True)
 
 
@@ -1756,16 +1769,25 @@ def test_the_pages_say_what_the_results_say():
 
 
 def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
-    """reproduce.py takes each run once, continues one that was stopped, and compares it with the page."""
+    """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its record,
+    the summary, and from metrics.jsonl how steady the run was."""
     monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
+    import report
     import reproduce
+    evaluations = [(4, 0.3), (5, 0.6), (6, 0.52), (7, 0.7), (8, 0.1)] # the first and the last are of more problems
+    rows = [dict(phase='evaluation', step=step, accuracy=accuracy, by_difficulty={'1x1 digits': accuracy})
+            for step, accuracy in ((2, 0.9), *evaluations)]
+    rows += [dict(phase='apo', step=i, kl=0.1, base_kl=9 - abs(i - 9), reward=float(i < 12)) for i in range(22)]
     commands = []
     def start(command, **options):
         commands.append(command)
         folder = next(word.partition('=')[2] for word in command if word.startswith('--out_dir='))
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
-        for name in ('results_summary.json', 'tinyzero_astarpo_final.pt'):
-            (tmp_path / folder / name).write_text('{"accuracy": 0.5}')
+        settings = dict(seed=int(folder.rpartition('-')[2]), warmup_steps=4, out_dir=folder)
+        (tmp_path / folder / 'results_summary.json').write_text(json.dumps(
+            dict(accuracy=0.5, seconds=60, settings=settings)))
+        (tmp_path / folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+        (tmp_path / folder / 'tinyzero_astarpo_final.pt').write_text('')
         return types.SimpleNamespace(returncode=int('--seed=8' in command), wait=lambda: None)
     def run_it(*arguments):
         monkeypatch.setattr(sys, 'argv', ['reproduce.py', *arguments])
@@ -1773,7 +1795,7 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
         return capsys.readouterr().out
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(reproduce, 'top', str(tmp_path))
-    monkeypatch.setattr(reproduce, 'RESULTS', str(tmp_path))
+    monkeypatch.setattr(report, 'RESULTS', shutil.copytree(report.RESULTS, tmp_path / 'results'))
     monkeypatch.setattr(subprocess, 'Popen', start)
     monkeypatch.setattr(signal, 'signal', lambda *arguments: None)
     some = ['multiplication', '--seeds', '3', '7', '7']
@@ -1783,7 +1805,9 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
     said = run_it(*some, '--keep')
     assert re.search(r'seed 3: 50.0%, on the pages \d+\.\d%', said) and 'seed 7: 50.0%, on the pages not there' in said
     assert {'--task=multiplication', '--seed=3'} < {*commands[0]} and '--init_from=resume' in commands[1]
-    assert len(commands) == 2 and (tmp_path / 'multiplication-7.json').exists()
+    kept = json.loads((tmp_path / 'results/multiplication-7.json').read_text())
+    assert len(commands) == 2 and kept['accuracy_by_difficulty_after_warmup'] == {'1x1 digits': 0.3}
+    assert kept['steadiness'] == pytest.approx(dict(evaluation_fall=0.08, greatest_kl=9, reward_fall=1))
     assert '0 of 2 runs to do' in run_it(*some) and len(commands) == 2
     with pytest.raises(SystemExit, match='error: multiplication 8 did not end'):
         run_it('multiplication', '--seeds', '8')
@@ -1963,7 +1987,8 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
     assert 'What is 3 × 4?' in said and 'pass@8' in said and 'verdict' in said
     assert '--prompt asks one: choose' in ask('--eval', '--prompt=3 * 4')
     assert 'accuracy' in ask(f'--checkpoint={trained}', '--eval', '--num_problems=10')
-    assert json.load(open(f'{trained}/sample_eval.json'))['num_problems'] <= 10
+    with open(f'{trained}/sample_eval.jsonl') as file:
+        assert json.loads(file.readlines()[-1])['num_problems'] <= 10
     assert ask('--plot', trained, trained, f'--output={tmp_path}/both.png') == f'wrote {tmp_path}/both.png\n'
     assert os.path.getsize(tmp_path / 'both.png') > 10_000
     for wrong, words in ((['--prompt=hello'], 'write it like'), (['--seed=-1'], '--seed'),
@@ -1979,9 +2004,11 @@ def test_sample_grades_the_problems_of_a_file(ask, tmp_path):
     file.write_text('\ufeff{"target": 22, "nums": [3, 5, 7]}\r\n\n3 5 7 = 22\n', encoding='utf-8')
     checkpoint = shutil.copy(f'{HERE}/assets/countdown_trained.pt', tmp_path)
     assert ask(f'--checkpoint={checkpoint}', f'--problems={file}').count('3 5 7=22') == 2
-    ask(f'--checkpoint={checkpoint}', f'--problems={file}', '--eval', '--num_samples=4')
-    wrote = json.load(open(tmp_path / 'sample_eval.json'))
-    assert (wrote['problems'], wrote['num_problems'], wrote['count']) == (str(file), 2, 8) and wrote['accuracy'] > 0.5
+    for n in (1, 4): # an evaluation leaves those before it as they are
+        ask(f'--checkpoint={checkpoint}', f'--problems={file}', '--eval', f'--num_samples={n}', f'--seed={n}')
+    first, second = map(json.loads, (tmp_path / 'sample_eval.jsonl').read_text().splitlines())
+    assert (first['count'], first['seed'], second['count'], second['seed']) == (2, 1, 8, 4)
+    assert (second['problems'], second['num_problems']) == (str(file), 2) and second['accuracy'] > 0.5
     for wrong, words in (('3 5 7', 'line 1'), ('\n{"nums": 5}', 'line 2'), ('{', 'line 1'), ('', 'no problems'),
                          ('3 5 7 = 999', 'line 1'), ('{"nums": [[3, 5], 7], "target": 22}', 'line 1')):
         file.write_text(wrong)
@@ -2333,7 +2360,7 @@ def test_pretrained_weights_answer_before_any_training(ask, tmp_path, monkeypatc
     assert 'model: multiplication, ' in said and 'problem   What is 3 × 4?\n' in said
     assert 'accuracy' in ask('--checkpoint=model', '--task=chain', '--eval', '--num_problems=3', '--max_new_tokens=8',
                              '--num_examples=0')
-    assert json.load(open('sample_eval.json'))['num_problems'] == 3 and sorted(os.listdir('model')) == before
+    assert json.load(open('sample_eval.jsonl'))['num_problems'] == 3 and sorted(os.listdir('model')) == before
     assert 'FileNotFoundError' in ask(f'--checkpoint={tmp_path}', '--task=chain'), "a folder without a model"
     with open('wordless.py', 'w') as file:
         file.write('from tasks import Task\n\n\nclass Wordless(Task):\n    tokens = []\n')

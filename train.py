@@ -262,7 +262,8 @@ def estimate_values(run):
     print0(f"stage 1: mean reward {rewards.mean():.3f}, mean V* {values.mean():.3f}, "
            f"{unsolved:.1%} of the prompts never solved")
     if unsolved == 1:
-        fail(f"every reward of stage 1 is zero, {batch.truncated.mean():.0%} of the responses were cut off at "
+        cut_off = all_reduce(batch.truncated.mean()).item() / world_size
+        fail(f"every reward of stage 1 is zero, {cut_off:.0%} of the responses were cut off at "
              f"--max_new_tokens={max_new_tokens}: give more --warmup_steps, or make the task easier "
              f"({parameters_of(run)})")
     features = prompt_features(run, batch.tokens[::N], batch.mask[::N])

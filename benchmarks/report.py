@@ -1,9 +1,9 @@
 """
 Write the tables of README.md and RESULTS.md that come from whole runs, and the first figure.
 
-    cp out/countdown/results_summary.json benchmarks/results/countdown-1.json   # one file a run: ROW-SEED.json
-    python benchmarks/report.py                                                 # write both pages
-    python benchmarks/report.py --check                                         # or only say whether they are up to date
+    python benchmarks/report.py --keep out/countdown countdown   # take a run into benchmarks/results/, as ROW-SEED.json
+    python benchmarks/report.py                                  # write both pages
+    python benchmarks/report.py --check                          # or only say whether they are up to date
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. A row is of
 the runs of one command: means of accuracies, the median of the minutes. The table `algorithms` is that of
@@ -16,14 +16,17 @@ import os
 import statistics
 import sys
 
+import numpy as np
 from matplotlib.figure import Figure
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-sys.path.insert(0, os.path.join(top, 'benchmarks'))
+sys.path[:0] = [top, os.path.join(top, 'benchmarks')]
 from algorithms import ALGORITHMS, fresh_runs, rates_table, table as algorithms_table, trials_of
+from sample import read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results')
-# The runs' file names up to the seed, what a row of the README calls them, and their command.
+# The runs' file names up to the seed, what a table calls them, and their command.
+SMOLLM2 = 'python train.py --init_from=smollm2'
 ROWS = {
     'countdown': ('countdown: `python train.py`', 'torchrun --nproc_per_node=1 train.py --task=countdown'),
     'countdown_gpu': ('countdown on a GPU, 45.7M parameters: `python train.py`', 'python train.py'),
@@ -32,18 +35,42 @@ ROWS = {
     'others': (
         "others' puzzles: `--max_number=99 --min_target=10 --warmup_steps=8000`",
         'python train.py --max_number=99 --min_target=10 --warmup_steps=8000'),
+    'numbers_99': ('numbers to 99, targets from 1', 'python train.py --max_number=99 --warmup_steps=4000'),
+    'larger': ('3, 4 and 5 numbers: `--task=examples/larger.py`', 'python train.py --task=examples/larger.py'),
+    'searches': ('four searches, 200 tokens', 'python train.py --task=examples/searches.py'),
+    'searches_grpo': (
+        'four searches, 200 tokens, GRPO', 'python train.py --task=examples/searches.py --algorithm=grpo'),
+    'searches_successful': (
+        'four searches, only those that end in time, imitation alone',
+        'python train.py --task=examples/searches.py --longest=200 --max_steps=0'),
+    'chain': ('chain', 'python train.py --task=chain'),
+    'equation': ('equation', 'python train.py --task=examples/equation.py'),
+    'smollm2': (
+        'SmolLM2-135M on a CPU, products of numbers to 40', f'{SMOLLM2} --task=multiplication --max_factor=40'),
     'smollm2_gpu': (
         'SmolLM2-135M on a GPU, products of numbers to 40',
-        'python train.py --init_from=smollm2 --task=multiplication --max_factor=40 --learning_rate=2e-5 '
-        '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20')}
+        f'{SMOLLM2} --task=multiplication --max_factor=40 --learning_rate=2e-5 '
+        '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20'),
+    'smollm2_gpu_warm': (
+        'the same after 100 steps of warm-up',
+        f'{SMOLLM2} --task=multiplication --max_factor=40 --warmup_steps=100 --max_steps=80 --eval_interval=20 '
+        '--num_eval_samples=1000'),
+    'smollm2_gpu_chain': (
+        'SmolLM2-135M on a GPU, chain after 100 steps of warm-up',
+        f'{SMOLLM2} --task=chain --warmup_steps=100 --max_steps=60 --eval_interval=20 --num_eval_samples=1000')}
+HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
-PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'algorithms']}
+PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'algorithms']}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('--check', action='store_true', help='write nothing, and fail where a table differs')
-    check, stale = parser.parse_args().check, []
+    parser.add_argument('--keep', nargs=2, metavar=('OUT_DIR', 'ROW'), help='take a run into benchmarks/results/')
+    args = parser.parse_args()
+    if args.keep:
+        return print(f'wrote {keep(*args.keep)}')
+    check, stale = args.check, []
     for page, names in PAGES.items():
         path = os.path.join(top, page)
         with open(path, encoding='utf-8') as file:
@@ -71,6 +98,35 @@ def filled(page, names):
             raise ValueError(f'no place for the table {name}')
         page = before + start + '\n' + TABLES[name]() + '\n\n' + rest[rest.index(end):]
     return page
+
+
+def keep(folder, row):
+    """Take the summary of a run into benchmarks/results/, with what metrics.jsonl says of its steadiness: how far an
+    evaluation on the way fell below an earlier one, the greatest KL of a step to the base, and how far the mean of ten
+    rewards fell below its best before. Returns the file's path."""
+    with open(os.path.join(folder, 'results_summary.json'), encoding='utf-8') as file:
+        summary = json.load(file)
+    rows = read_log(os.path.join(folder, 'metrics.jsonl'))
+    steps, warm = [row for row in rows if 'kl' in row], summary['settings']['warmup_steps']
+    evaluations = [row for row in rows if row['phase'] == 'evaluation' and row['step'] >= warm]
+    summary['accuracy_by_difficulty_after_warmup'] = evaluations[0]['by_difficulty']
+    if steps:
+        # Evaluations on the way are of the same eighth of the problems.
+        on_the_way = [row['accuracy'] for row in evaluations[1:-1]]
+        rewards = np.convolve([row['reward'] for row in steps], np.full(10, 0.1), 'valid')
+        summary['steadiness'] = dict(
+            evaluation_fall=worst_fall(on_the_way), greatest_kl=max(row['base_kl'] for row in steps),
+            reward_fall=worst_fall(rewards))
+    summary['settings'].pop('out_dir') # a folder of the machine that ran it
+    path = os.path.join(RESULTS, f"{row}-{summary['settings']['seed']}.json")
+    with open(path, 'w', encoding='utf-8') as file:
+        file.write(json.dumps(summary, indent=2) + '\n')
+    return path
+
+
+def worst_fall(series):
+    """Return how far one of these numbers lies below an earlier one, at most."""
+    return float(max([0.0, *(before - after for i, after in enumerate(series) for before in series[:i])]))
 
 
 def runs_of(row):
@@ -115,7 +171,7 @@ def place(run):
 
 def summary():
     rows = []
-    for name in ROWS:
+    for name in HEADLINES:
         runs = runs_of(name)
         before = statistics.mean(run['accuracy_after_warmup'] for run in runs)
         minutes = statistics.median(run['seconds'] for run in runs) / 60
@@ -133,7 +189,7 @@ def every_run():
                          percent(run['accuracy']), f'{100 * low:.1f} to {100 * high:.1f}', f"{run['length']:.0f}",
                          percent(run['truncated']), f"{run['seconds'] / 60:.1f}, {place(run)}",
                          (run['git_commit'] or '')[:7]])
-    heads = ['command', 'seed', 'after the warm-up', 'after A\\*PO', '95% interval', 'tokens', 'cut off',
+    heads = ['command', 'seed', 'after the warm-up', 'at the end', '95% interval', 'tokens', 'cut off',
              'minutes, machine', 'commit']
     return table(heads, rows)
 
@@ -142,10 +198,28 @@ def difficulty():
     rows = []
     for name in ROWS:
         runs = runs_of(name)
+        known = [run['accuracy_by_difficulty_after_warmup'] for run in runs
+                 if 'accuracy_by_difficulty_after_warmup' in run]
         for group in runs[0]['accuracy_by_difficulty']:
-            shares = [run['accuracy_by_difficulty'][group] for run in runs]
-            rows.append([ROWS[name][0], group, spread(shares)])
-    return table(['task', 'problems', 'after A\\*PO'], rows)
+            before = percent(statistics.mean(shares[group] for shares in known)) if known else ''
+            rows.append([ROWS[name][0], group, before,
+                         spread([run['accuracy_by_difficulty'][group] for run in runs])])
+    return table(['runs', 'problems', 'after the warm-up', 'at the end'], rows)
+
+
+def steady():
+    rows = []
+    for name in ROWS:
+        for run in runs_of(name):
+            if 'steadiness' not in run:
+                continue
+            start, end, how = run['accuracy_after_warmup'], run['accuracy'], run['steadiness']
+            within = [end >= start, how['evaluation_fall'] <= 0.03, how['greatest_kl'] < 5, how['reward_fall'] <= 0.05]
+            rows.append([ROWS[name][0], run['settings']['seed'], f'{percent(start)}, {percent(end)}',
+                         f"{100 * how['evaluation_fall']:.1f} points", f"{how['greatest_kl']:.1f}",
+                         f"{how['reward_fall']:.3f}", 'yes' if all(within) else 'no'])
+    return table(['runs', 'seed', 'accuracy: base, end', 'worst fall between evaluations', 'greatest KL',
+                  'worst fall of the reward', 'within all bounds'], rows)
 
 
 def comparison():
@@ -175,7 +249,7 @@ def draw():
     figure.savefig(os.path.join(top, 'assets', 'countdown.png'), dpi=110)
 
 
-TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, algorithms=comparison)
+TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, steady=steady, algorithms=comparison)
 
 
 if __name__ == '__main__':

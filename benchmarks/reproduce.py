@@ -24,7 +24,7 @@ import sys
 
 import torch
 
-from report import RESULTS, ROWS, runs_of, top
+from report import ROWS, keep, runs_of, top
 
 
 def main():
@@ -56,8 +56,7 @@ def main():
                 continue
         compare(row, seed)
         if args.keep:
-            shutil.copy(os.path.join(folder_of(row, seed), 'results_summary.json'),
-                        os.path.join(RESULTS, f'{row}-{seed}.json'))
+            keep(folder_of(row, seed), row)
     if failed:
         sys.exit(f"error: {', '.join(failed)} did not end, for the reasons above")
 

@@ -1,6 +1,6 @@
 """
-Countdown with 3, 4 and 5 numbers. No solution with 5 is ever demonstrated: those searches are given up, and the last
-thing tried is worked out though it misses the target. What A*PO solves there nobody has shown it.
+Countdown with 3, 4 and 5 numbers. No solution with 5 is ever demonstrated: those searches are given up. What A*PO
+solves there nobody has shown it.
 
     python train.py --task=examples/larger.py
     python sample.py --task=examples/larger.py --eval --min_numbers=5
@@ -11,7 +11,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, Countdown, Term
 
 
 class Larger(Countdown):
-    defaults = dict(max_steps=240)
+    defaults = dict(max_steps=160)
 
     def __init__(self,
                  min_numbers=3, # how many numbers at least
@@ -20,34 +20,38 @@ class Larger(Countdown):
         super().__init__(min_numbers=min_numbers, max_numbers=max_numbers)
 
     def demonstration(self, problem, rng):
-        """Search as Countdown does; among five numbers in vain, for up to forty lines, the last of which
-        becomes the answer. Two in three are given up within four lines."""
+        """Search as Countdown does; among five numbers in vain, for up to forty lines. A search that is
+        given up ends with what its last line makes that is nearest to the target, worked out."""
         if len(problem.numbers) < 5:
-            return super().demonstration(problem, rng)
+            response = super().demonstration(problem, rng)
+            if self.grade(problem, response).correct:
+                return response
+            lines = response.partition(END_THINK)[0].split('\n')
+        else:
+            lines = self.search_in_vain(problem, rng)
+        if not lines:
+            return self.response(problem, []) # the sum of the numbers
+        end = self.nearest(problem, lines)
+        left, _, right = lines[-1].rpartition(':')
+        x, y, *made = right.split()
+        made = made[:made.index(end.steps[-2].partition('=')[2]) + 1]
+        lines[-1] = f"{left}:{x} {y} {' '.join(made)}:{' '.join(end.steps)}"
+        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{end.text[1:-1]}{END_ANSWER}'
+
+    def search_in_vain(self, problem, rng):
+        """Return the lines of a search among five numbers that join at random and find nothing."""
         lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else rng.integers(5, 41)
         for _ in range(1000): # every join of 1 1 1 1 1=1 leaves a solution
             joined, three = self.join(problem, rng)
             search = list(self.search(problem, three, joined)) # lines that join, and one for each of the three
             if any(solution for _, solution in search):
                 continue
-            pool, tried = three, min(patience, 3)
+            tried = min(patience, 3)
             lines += [line for line, _ in search[:len(joined) + tried]]
             patience -= tried
             if not patience:
                 break
-        if not lines:
-            return self.response(problem, []) # the sum of the numbers
-        # Some result of the last line's x and y, and some result of that and of z.
-        z = pool[tried - 1]
-        x, y = [term for term in pool if term is not z]
-        left, _, right = lines[-1].rpartition(':')
-        made = right.split()[2:]
-        ends = [(middle, end) for middle in self.joins(x, y) for end in self.joins(z, middle)
-                if str(middle.value) in made and end.value != problem.target]
-        middle, end = ends[rng.integers(len(ends))]
-        made = made[:made.index(str(middle.value)) + 1]
-        lines[-1] = f"{left}:{x.value} {y.value} {' '.join(made)}:{' '.join(end.steps)}"
-        return '\n'.join(lines) + f'{END_THINK}{ANSWER}{end.text[1:-1]}{END_ANSWER}'
+        return lines
 
     def join(self, problem, rng):
         """Join two numbers at random until three are left. Returns the lines that say so, and what
@@ -62,3 +66,19 @@ class Larger(Countdown):
             lines.append(f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}")
             pool = [term, *rest]
         return lines, pool
+
+    def nearest(self, problem, lines):
+        """Return the Term nearest to the target among what the last line makes of all numbers."""
+        pool = [Term(n, str(n), ()) for n in problem.numbers]
+        joined = [line for line in lines if ':' not in line]
+        for line in joined[3 - len(pool):] if len(pool) > 3 else []: # follow the joins of the last line
+            pair, step = line.split()[0].split(')')
+            x, y = list(itertools.combinations(pool, 2))[int(pair) - 1]
+            term = next(term for term in self.joins(x, y) if term.steps[-1] == step)
+            pool = [term, *(other for other in pool if other is not x and other is not y)]
+        sides = [side.split() for side in lines[-1].split(':')]
+        z = next(term for term in pool if str(term.value) == sides[0][0])
+        x, y = [term for term in pool if term is not z]
+        made = sides[1][2:]
+        ends = [end for middle in self.joins(x, y) if str(middle.value) in made for end in self.joins(z, middle)]
+        return min(ends, key=lambda end: abs(end.value - problem.target))
