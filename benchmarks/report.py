@@ -36,6 +36,7 @@ ROWS = {
         "others' puzzles: `--max_number=99 --min_target=10 --warmup_steps=8000`",
         'python train.py --max_number=99 --min_target=10 --warmup_steps=8000'),
     'numbers_99': ('numbers to 99, targets from 1', 'python train.py --max_number=99 --warmup_steps=4000'),
+    'after_2000': ('countdown after 2,000 steps of warm-up', 'python train.py --warmup_steps=2000'),
     'larger': ('3, 4 and 5 numbers: `--task=examples/larger.py`', 'python train.py --task=examples/larger.py'),
     'searches': ('four searches, 200 tokens', 'python train.py --task=examples/searches.py'),
     'searches_grpo': (
@@ -45,6 +46,8 @@ ROWS = {
         'python train.py --task=examples/searches.py --longest=200 --max_steps=0'),
     'chain': ('chain', 'python train.py --task=chain'),
     'equation': ('equation', 'python train.py --task=examples/equation.py'),
+    'grid': ('grid', 'python train.py --task=examples/grid.py'),
+    'sorting': ('sorting', 'python train.py --task=examples/sorting.py'),
     'smollm2': (
         'SmolLM2-135M on a CPU, products of numbers to 40', f'{SMOLLM2} --task=multiplication --max_factor=40'),
     'smollm2_gpu': (
@@ -59,7 +62,7 @@ ROWS = {
         'SmolLM2-135M on a GPU, chain after 100 steps of warm-up',
         f'{SMOLLM2} --task=chain --warmup_steps=100 --max_steps=60 --eval_interval=20 --num_eval_samples=1000')}
 HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
-STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365} # by the number of seeds
+STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262} # by the number of seeds
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'algorithms']}
 
 
@@ -103,8 +106,14 @@ def filled(page, names):
 def keep(folder, row):
     """Take the summary of a run into benchmarks/results/, with what metrics.jsonl says of its steadiness: how far an
     evaluation on the way fell below an earlier one, the greatest KL of a step to the base, and how far the mean of ten
-    rewards fell below its best before. Returns the file's path."""
-    with open(os.path.join(folder, 'results_summary.json'), encoding='utf-8') as file:
+    rewards fell below its best before. Returns the file's path. One line and exit where there is no such row, or no
+    run that has ended."""
+    source = os.path.join(folder, 'results_summary.json')
+    if row not in ROWS:
+        sys.exit(f"error: there is no row {row!r}, only {', '.join(ROWS)}")
+    if not os.path.exists(source):
+        sys.exit(f'error: {folder} holds no run that has come to its end')
+    with open(source, encoding='utf-8') as file:
         summary = json.load(file)
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
     steps, warm = [row for row in rows if 'kl' in row], summary['settings']['warmup_steps']

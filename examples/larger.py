@@ -11,7 +11,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, Countdown, Term
 
 
 class Larger(Countdown):
-    defaults = dict(max_steps=160)
+    defaults = dict(warmup_steps=8000, max_steps=160)
 
     def __init__(self,
                  min_numbers=3, # how many numbers at least
