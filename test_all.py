@@ -579,13 +579,13 @@ def test_the_four_searches_differ_in_what_they_join_first():
 def test_no_solution_with_five_numbers_is_demonstrated():
     """A search among five numbers finds nothing. One that is given up ends with what its last line makes that is nearest
     to the target, worked out truly."""
-    rng, tried = np.random.default_rng(0), {3: [], 4: [], 5: []}
+    task, rng, tried = example('larger')(), np.random.default_rng(0), {3: [], 4: [], 5: []}
     def after(x, y): # what + - * / make of two numbers
         return {x + y, abs(x - y), x * y} | ({Fraction(max(x, y), min(x, y))} if min(x, y) else set())
-    for problem in (example('larger')().problem(rng) for _ in range(400)):
-        demonstration = example('larger')().demonstration(problem, rng)
+    for problem in (task.problem(rng) for _ in range(400)):
+        demonstration = task.demonstration(problem, rng)
         thinking, _, rest = demonstration.partition(END_THINK)
-        correct = example('larger')().grade(problem, demonstration).correct
+        correct = task.grade(problem, demonstration).correct
         searched = [line.split(':') for line in thinking.splitlines() if ':' in line]
         for i, (wanted, made, *_) in enumerate(searched):
             hit = {*wanted.split()[1:]} & {*made.split()[2:]} - {'.'}
@@ -609,7 +609,7 @@ def test_no_solution_with_five_numbers_is_demonstrated():
         tried[len(used)].append(len(searched))
     assert set(range(1, 5)) < set(tried[5]) and max(tried[5]) <= 40
     assert 0.55 < np.mean(np.array(tried[5]) <= 4) < 0.8 and len(tried[3]) > 90 and len(tried[4]) > 90
-    task, everywhere = example('larger')(), CountdownProblem((1, 1, 1, 1, 1), 1) # every join leaves a solution
+    everywhere = CountdownProblem((1, 1, 1, 1, 1), 1) # every join leaves a solution
     assert task.grade(everywhere, task.demonstration(everywhere, rng)) == WRONG._replace(formatted=True)
 
 
@@ -1769,8 +1769,8 @@ def test_the_pages_say_what_the_results_say():
 
 
 def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
-    """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its record,
-    the summary, and from metrics.jsonl how steady the run was."""
+    """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its summary
+    with how steady the run was."""
     monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
     import report
     import reproduce

@@ -25,8 +25,8 @@ from algorithms import ALGORITHMS, fresh_runs, rates_table, table as algorithms_
 from sample import read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results')
-# The runs' file names up to the seed, what a table calls them, and their command.
 SMOLLM2 = 'python train.py --init_from=smollm2'
+# The runs' file names up to the seed, what a table calls them, and their command.
 ROWS = {
     'countdown': ('countdown: `python train.py`', 'torchrun --nproc_per_node=1 train.py --task=countdown'),
     'countdown_gpu': ('countdown on a GPU, 45.7M parameters: `python train.py`', 'python train.py'),
@@ -55,7 +55,7 @@ ROWS = {
         f'{SMOLLM2} --task=multiplication --max_factor=40 --learning_rate=2e-5 '
         '--max_new_tokens=64 --max_steps=80 --num_eval_samples=1280 --eval_interval=20'),
     'smollm2_gpu_warm': (
-        'the same after 100 steps of warm-up',
+        'SmolLM2-135M on a GPU, products after 100 steps of warm-up',
         f'{SMOLLM2} --task=multiplication --max_factor=40 --warmup_steps=100 --max_steps=80 --eval_interval=20 '
         '--num_eval_samples=1000'),
     'smollm2_gpu_chain': (
@@ -103,14 +103,14 @@ def filled(page, names):
     return page
 
 
-def keep(folder, row):
+def keep(folder, name):
     """Take the summary of a run into benchmarks/results/, with what metrics.jsonl says of its steadiness: how far an
     evaluation on the way fell below an earlier one, the greatest KL of a step to the base, and how far the mean of ten
     rewards fell below its best before. Returns the file's path. One line and exit where there is no such row, or no
     run that has ended."""
     source = os.path.join(folder, 'results_summary.json')
-    if row not in ROWS:
-        sys.exit(f"error: there is no row {row!r}, only {', '.join(ROWS)}")
+    if name not in ROWS:
+        sys.exit(f"error: there is no row {name!r}, only {', '.join(ROWS)}")
     if not os.path.exists(source):
         sys.exit(f'error: {folder} holds no run that has come to its end')
     with open(source, encoding='utf-8') as file:
@@ -127,7 +127,7 @@ def keep(folder, row):
             evaluation_fall=worst_fall(on_the_way), greatest_kl=max(row['base_kl'] for row in steps),
             reward_fall=worst_fall(rewards))
     summary['settings'].pop('out_dir') # a folder of the machine that ran it
-    path = os.path.join(RESULTS, f"{row}-{summary['settings']['seed']}.json")
+    path = os.path.join(RESULTS, f"{name}-{summary['settings']['seed']}.json")
     with open(path, 'w', encoding='utf-8') as file:
         file.write(json.dumps(summary, indent=2) + '\n')
     return path
@@ -207,10 +207,9 @@ def difficulty():
     rows = []
     for name in ROWS:
         runs = runs_of(name)
-        known = [run['accuracy_by_difficulty_after_warmup'] for run in runs
-                 if 'accuracy_by_difficulty_after_warmup' in run]
+        bases = [run.get('accuracy_by_difficulty_after_warmup') for run in runs] # of some runs the log is gone
         for group in runs[0]['accuracy_by_difficulty']:
-            before = percent(statistics.mean(shares[group] for shares in known)) if known else ''
+            before = percent(statistics.mean(base[group] for base in bases)) if all(bases) else ''
             rows.append([ROWS[name][0], group, before,
                          spread([run['accuracy_by_difficulty'][group] for run in runs])])
     return table(['runs', 'problems', 'after the warm-up', 'at the end'], rows)

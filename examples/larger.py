@@ -20,23 +20,42 @@ class Larger(Countdown):
         super().__init__(min_numbers=min_numbers, max_numbers=max_numbers)
 
     def demonstration(self, problem, rng):
-        """Search as Countdown does; among five numbers in vain, for up to forty lines. A search that is
-        given up ends with what its last line makes that is nearest to the target, worked out."""
-        if len(problem.numbers) < 5:
-            response = super().demonstration(problem, rng)
-            if self.grade(problem, response).correct:
-                return response
-            lines = response.partition(END_THINK)[0].split('\n')
-        else:
-            lines = self.search_in_vain(problem, rng)
+        """Search as Countdown does; among five numbers in vain, for up to forty lines."""
+        if len(problem.numbers) > 4:
+            return self.give_up(problem, self.search_in_vain(problem, rng))
+        response = super().demonstration(problem, rng)
+        if self.grade(problem, response).correct:
+            return response
+        return self.give_up(problem, response.partition(END_THINK)[0].split('\n'))
+
+    def give_up(self, problem, lines):
+        """Write these lines, and as the answer what the last one makes that is nearest to the target,
+        worked out. All sizes end so: if only five numbers did, the model would learn that with five
+        numbers it must miss."""
         if not lines:
             return self.response(problem, []) # the sum of the numbers
-        end = self.nearest(problem, lines)
-        left, _, right = lines[-1].rpartition(':')
+        left, right = lines[-1].split(':') # z and what is wanted, x, y and what they make
         x, y, *made = right.split()
-        made = made[:made.index(end.steps[-2].partition('=')[2]) + 1]
+        pool = self.left_over(problem, lines)
+        z = next(term for term in pool if str(term.value) == left.split()[0])
+        others = [term for term in pool if term is not z]
+        ends = [(middle, end) for middle in self.joins(*others) if str(middle.value) in made
+                for end in self.joins(z, middle)]
+        middle, end = min(ends, key=lambda pair: abs(pair[1].value - problem.target))
+        made = made[:made.index(str(middle.value)) + 1]
         lines[-1] = f"{left}:{x} {y} {' '.join(made)}:{' '.join(end.steps)}"
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{end.text[1:-1]}{END_ANSWER}'
+
+    def left_over(self, problem, lines):
+        """Return the three terms that the last of these lines is about: what its joins have left."""
+        pool = [Term(n, str(n), ()) for n in problem.numbers]
+        joined = [line for line in lines if ':' not in line]
+        for line in joined[3 - len(pool):]: # one with four numbers, two with five
+            pair, step = line.split()[0].split(')')
+            x, y = list(itertools.combinations(pool, 2))[int(pair) - 1]
+            term = next(term for term in self.joins(x, y) if term.steps[-1] == step)
+            pool = [term, *(other for other in pool if other is not x and other is not y)]
+        return pool
 
     def search_in_vain(self, problem, rng):
         """Return the lines of a search among five numbers that join at random and find nothing."""
@@ -66,19 +85,3 @@ class Larger(Countdown):
             lines.append(f"{i}){term.steps[-1]} {' '.join(str(other.value) for other in rest)}")
             pool = [term, *rest]
         return lines, pool
-
-    def nearest(self, problem, lines):
-        """Return the Term nearest to the target among what the last line makes of all numbers."""
-        pool = [Term(n, str(n), ()) for n in problem.numbers]
-        joined = [line for line in lines if ':' not in line]
-        for line in joined[3 - len(pool):] if len(pool) > 3 else []: # follow the joins of the last line
-            pair, step = line.split()[0].split(')')
-            x, y = list(itertools.combinations(pool, 2))[int(pair) - 1]
-            term = next(term for term in self.joins(x, y) if term.steps[-1] == step)
-            pool = [term, *(other for other in pool if other is not x and other is not y)]
-        sides = [side.split() for side in lines[-1].split(':')]
-        z = next(term for term in pool if str(term.value) == sides[0][0])
-        x, y = [term for term in pool if term is not z]
-        made = sides[1][2:]
-        ends = [end for middle in self.joins(x, y) if str(middle.value) in made for end in self.joins(z, middle)]
-        return min(ends, key=lambda end: abs(end.value - problem.target))
