@@ -58,7 +58,8 @@ class Larger(Countdown):
         return pool
 
     def search_in_vain(self, problem, rng):
-        """Return the lines of a search among five numbers that join at random and find nothing."""
+        """Return the lines of a search among five numbers that joins at random and finds nothing: one to four
+        lines of three numbers in two demonstrations of three, five to forty in the third."""
         lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else rng.integers(5, 41)
         for _ in range(1000): # every join of 1 1 1 1 1=1 leaves a solution
             joined, three = self.join(problem, rng)
