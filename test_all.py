@@ -607,7 +607,7 @@ def test_no_solution_with_five_numbers_is_demonstrated():
                 if max(middle, end) <= 150 and middle == int(middle) and end == int(end)]
         assert abs(value - problem.target) == min(abs(end - problem.target) for end in ends)
         tried[len(used)].append(len(searched))
-    assert set(range(1, 5)) < set(tried[5]) and max(tried[5]) <= 40
+    assert set(range(1, 5)) < set(tried[5]) and 40 < max(tried[5]) <= 60
     assert 0.55 < np.mean(np.array(tried[5]) <= 4) < 0.8 and len(tried[3]) > 90 and len(tried[4]) > 90
     everywhere = CountdownProblem((1, 1, 1, 1, 1), 1) # every join leaves a solution
     assert task.grade(everywhere, task.demonstration(everywhere, rng)) == WRONG._replace(formatted=True)

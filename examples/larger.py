@@ -11,7 +11,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, Countdown, Term
 
 
 class Larger(Countdown):
-    defaults = dict(warmup_steps=8000, max_steps=160)
+    defaults = dict(warmup_steps=8000, max_steps=160, max_new_tokens=1200)
 
     def __init__(self,
                  min_numbers=3, # how many numbers at least
@@ -20,7 +20,7 @@ class Larger(Countdown):
         super().__init__(min_numbers=min_numbers, max_numbers=max_numbers)
 
     def demonstration(self, problem, rng):
-        """Search as Countdown does; among five numbers in vain, for up to forty lines."""
+        """Search as Countdown does; among five numbers in vain, for up to sixty lines."""
         if len(problem.numbers) > 4:
             return self.give_up(problem, self.search_in_vain(problem, rng))
         response = super().demonstration(problem, rng)
@@ -59,8 +59,8 @@ class Larger(Countdown):
 
     def search_in_vain(self, problem, rng):
         """Return the lines of a search among five numbers that joins at random and finds nothing: one to four
-        lines of three numbers in two demonstrations of three, five to forty in the third."""
-        lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else rng.integers(5, 41)
+        lines of three numbers in two demonstrations of three, five to sixty in the third."""
+        lines, patience = [], rng.integers(1, 5) if rng.random() < 2 / 3 else rng.integers(5, 61)
         for _ in range(1000): # every join of 1 1 1 1 1=1 leaves a solution
             joined, three = self.join(problem, rng)
             search = list(self.search(problem, three, joined)) # lines that join, and one for each of the three
