@@ -4,11 +4,12 @@ TRL's `trl.experimental.a2po` on the same weights, prompts, batch and limit of l
 this machine's CPU.
 
     pip install trl==1.16.0                   # brings transformers, datasets, accelerate and safetensors
-    python benchmarks/steps.py                # all rows of the table, 5 minutes on two cores; --rows=1 only the first
+    python benchmarks/steps.py                # rows 1 to 4 of the table, 5 minutes on two cores; --rows=1 only the first
+    python benchmarks/steps.py --rows=5 --pretrained=smollm2     # the folder that examples/smollm2.py makes; 12 minutes
 
 In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling,
 the logit of end-of-sequence is -inf, ours by a hook (see growth.py), theirs by generate's
-suppress_tokens. In rows 3 and 4 responses end by themselves. First both must give the same
+suppress_tokens. In rows 3 to 5 responses end by themselves. First both must give the same
 log-probabilities, rewards and gradient on the same responses.
 
 Included on both sides: sampling, grading, the reference, forward and backward, clipping, AdamW; on
@@ -60,7 +61,8 @@ ROWS = [
     ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 256, 48, False, 1),
     ('countdown', RANDOM_5M, 256, 64, False, 1),
     ('multiplication', [f'--init_from={top}/assets/multiplication_base.pt'], 256, 96, True, 1),
-    ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 128, 800, True, 4)]
+    ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 128, 800, True, 4),
+    ('multiplication', ['--init_from=PRETRAINED', '--max_factor=40'], 32, 64, True, 1)]
 
 
 def our_run(task, weights, prompts, limit, ends, folder):
@@ -82,14 +84,18 @@ def their_trainer(run, ends, pieces, steps, folder):
     settings = run.settings
     save_pretrained(run.model, f'{folder}/model', run.tokenizer.ends)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(f'{folder}/model', dtype=torch.float32)
-    words = Tokenizer(models.WordLevel({str(i): i for i in range(len(run.tokenizer.tokens))}))
+    words = Tokenizer(models.WordLevel({str(i): i for i in range(run.model.config.vocab_size)}))
     words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    eos = str(run.tokenizer.ends[0])
+    # Without single_word it would be found within longer numbers, and the prompts would be others.
+    eos = transformers.AddedToken(str(run.tokenizer.ends[0]), single_word=True)
     tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos, pad_token=eos,
                                                      padding_side='left')
     problems = [p for step in range(steps) # those that ours will draw
                 for p, _ in run.task.training_problems((settings['seed'], TRAIN, step), range(settings['batch_size']))]
-    prompts = [' '.join(map(str, run.tokenizer.encode(run.tokenizer.prompt(run.task, p)))) for p in problems]
+    prompt_ids = [run.tokenizer.encode(run.tokenizer.prompt(run.task, p)) for p in problems]
+    prompts = [' '.join(map(str, ids)) for ids in prompt_ids]
+    if tokenizer(prompts)['input_ids'] != prompt_ids:
+        sys.exit('error: the two do not read the same prompts')
 
     def reward(completions, puzzle, **others): # the text lacks the end-of-sequence: at the limit, there was none
         responses = [list(map(int, text.split())) for text in completions]
@@ -182,6 +188,7 @@ def check(run, trainer, rows=32):
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--rows', default='1,2,3,4', help='of the table')
 parser.add_argument('--pairs', type=int, default=5)
+parser.add_argument('--pretrained', default='smollm2', help='the folder of weights of row 5')
 args = parser.parse_args()
 
 transformers.logging.set_verbosity_error()
@@ -192,6 +199,7 @@ print('| one step of A*PO | parameters | tokens a response | ours, s | TRL, s | 
       '|---|---|---|---|---|---|', flush=True)
 for row in args.rows.split(','):
     task, weights, prompts, limit, ends, pieces = ROWS[int(row) - 1]
+    weights = [word.replace('PRETRAINED', args.pretrained) for word in weights]
     with tempfile.TemporaryDirectory() as folder:
         run = our_run(task, weights, prompts, limit, ends, folder)
         trainer, pairs = their_trainer(run, ends, pieces, args.pairs + 1, folder), Pairs(run)
