@@ -4,7 +4,7 @@ TRL's `trl.experimental.a2po` on the same weights, prompts, batch and limit of l
 this machine's CPU.
 
     pip install trl==1.16.0                   # brings transformers, datasets, accelerate and safetensors
-    python benchmarks/steps.py                # rows 1 to 4 of the table, 5 minutes on two cores; --rows=1 only the first
+    python benchmarks/steps.py                # rows 1 to 4 of the table, 5 minutes on two cores; --rows=1 the first
     python benchmarks/steps.py --rows=5 --pretrained=smollm2     # the folder that examples/smollm2.py makes; 12 minutes
 
 In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling,
