@@ -371,7 +371,8 @@ def test_a_step_that_a_graph_can_repeat_computes_the_same(at_once, monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason='needs a GPU')
 def test_a_gpu_samples_what_a_cpu_samples():
     """There a step is recorded and repeated, across the dropping of rows and new lengths of keys."""
-    model, noise = small_model(max_seq_len=256), torch.rand(len(PROMPTS), 200, generator=torch.Generator().manual_seed(5))
+    model = small_model(max_seq_len=256)
+    noise = torch.rand(len(PROMPTS), 200, generator=torch.Generator().manual_seed(5))
     for temperature in (0, 1.0):
         pairs = [generate(model.to(device), PROMPTS, 200, temperature, [1], noise) for device in ('cpu', 'cuda')]
         cpu, gpu = [[row[marked].tolist() for row, marked in zip(*pair)] for pair in pairs]
@@ -577,8 +578,8 @@ def test_the_four_searches_differ_in_what_they_join_first():
 
 
 def test_no_solution_with_five_numbers_is_demonstrated():
-    """A search among five numbers finds nothing. One that is given up ends with what its last line makes that is nearest
-    to the target, worked out truly."""
+    """A search among five numbers finds nothing. One that is given up ends with what its last line makes that is
+    nearest to the target, worked out truly."""
     task, rng, tried = example('larger')(), np.random.default_rng(0), {3: [], 4: [], 5: []}
     def after(x, y): # what + - * / make of two numbers
         return {x + y, abs(x - y), x * y} | ({Fraction(max(x, y), min(x, y))} if min(x, y) else set())
@@ -981,7 +982,8 @@ def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     """Up over 20 steps, or a fifth of a short warm-up, and down over the last two fifths of it; linearly to 0 in A*PO;
     each part its own."""
     short, seen = started(*TINY, '--warmup_steps=20', f'--out_dir={tmp_path}/short'), []
-    monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(run.optimizers[0].param_groups[0]['lr']) or 1.0)
+    monkeypatch.setattr(
+        train, 'optimizer_step', lambda run: seen.append(run.optimizers[0].param_groups[0]['lr']) or 1.0)
     for short.step in (0, 3, 11):
         train.warm_up_step(short)
     assert [rate / 3e-3 for rate in seen] == pytest.approx([1 / 4, 1, 1])
@@ -1322,7 +1324,8 @@ def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
 
 
 @pytest.mark.parametrize('ranks, extra', [
-    (2, ['--max_step_kl=1e-7']), pytest.param(2, ['--max_step_kl=0'], marks=slow), pytest.param(4, [], marks=slow), pytest.param(2, ['--cpu_offload=True'], marks=slow),
+    (2, ['--max_step_kl=1e-7']), pytest.param(2, ['--max_step_kl=0'], marks=slow), pytest.param(4, [], marks=slow),
+    pytest.param(2, ['--cpu_offload=True'], marks=slow),
     pytest.param(2, ['--algorithm=grpo'], marks=slow), pytest.param(1, ['--cpu_offload=True'], marks=slow)])
 def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
     """Sharded over processes: the same problems, the same sampled responses, gradients and weights as one process."""
@@ -1583,7 +1586,7 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
     assert logged(trained) == logged(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('error', [BrokenPipeError(), OSError(5, 'Input/output error')]) # behind head, a closed terminal
+@pytest.mark.parametrize('error', [BrokenPipeError(), OSError(5, 'Input/output error')]) # behind head, no terminal
 def test_a_run_continues_when_nobody_reads_its_lines(monkeypatch, error):
     class Gone(io.StringIO):
         def write(self, text):
@@ -1769,8 +1772,8 @@ def test_the_pages_say_what_the_results_say():
 
 
 def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
-    """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its summary
-    with how steady the run was."""
+    """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its
+    summary with how steady the run was."""
     monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
     import report
     import reproduce
@@ -1851,7 +1854,8 @@ def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):
             leave(trials[name, rate][0], accuracy, kl)
     runs = it['fresh_runs'](rows, trials, seeds=2)
     assert list(runs) == ['GRPO', 'GRPO, 14,336 responses', 'imitation goes on'], "RLOO has to wait"
-    assert {'--fold=0', '--seed=11', '--learning_rate=4e-4', '--max_steps=112'} <= set(runs['GRPO, 14,336 responses'][0][2])
+    words = runs['GRPO, 14,336 responses'][0][2]
+    assert {'--fold=0', '--seed=11', '--learning_rate=4e-4', '--max_steps=112'} <= set(words)
     leave(runs['GRPO'][0], 0.9, 2.0)
     leave(runs['imitation goes on'][0], 0.8, None)
     shown = it['table'](runs, 'GRPO').splitlines()
@@ -2446,7 +2450,8 @@ def test_real_weights_answer_train_resume_and_export(main, ask, tmp_path):
     assert process.returncode == 0 and 'model.safetensors' in process.stdout, process.stderr
     assert 'choose a new folder' in script('examples/smollm2.py', folder).stderr
     checkpoint = sample.open_model(folder)
-    model, task, tokenizer = sample.load(checkpoint | dict(settings=dict(num_examples=3)), folder, 'cpu', 'multiplication')
+    checkpoint |= dict(settings=dict(num_examples=3))
+    model, task, tokenizer = sample.load(checkpoint, folder, 'cpu', 'multiplication')
     assert tokenizer.end == '<|im_end|>', "it is asked in a chat"
     texts = [tokenizer.prompt(task, MultiplicationProblem(a, 7)) for a in (3, 12)]
     prompts = [tokenizer.encode(text) for text in texts]

@@ -33,8 +33,8 @@ def main():
     parser.add_argument('--num_problems', type=int, default=300)
     parser.add_argument('--fold', type=int, default=1)
     args = parser.parse_args()
-    print('| model | P(whole search) | up to 100 tokens | 250 | 400 | 800 |', *[f' {words} |' for words in KINDS.values()],
-          sep='')
+    print('| model | P(whole search) | up to 100 tokens | 250 | 400 | 800 |',
+          *[f' {words} |' for words in KINDS.values()], sep='')
     print('|---' * (6 + len(KINDS)) + '|')
     for name in args.models:
         path = sample.find_checkpoint(name)
@@ -47,7 +47,8 @@ def main():
         searches = [found for found in (search(task, tokenizer, problem) for problem in problems) if found]
         lengths, sums = measure(model, tokenizer, searches)
         whole = np.exp([-sum(by_kind.values()) for by_kind in sums])
-        groups = [whole[(lengths > low) & (lengths <= high)] for low, high in ((0, 100), (100, 250), (250, 400), (400, 800))]
+        bounds = ((0, 100), (100, 250), (250, 400), (400, 800))
+        groups = [whole[(lengths > low) & (lengths <= high)] for low, high in bounds]
         cells = [whole.mean()] + [group.mean() if len(group) else math.nan for group in groups]
         cells += [np.mean([by_kind[kind] for by_kind in sums]) for kind in KINDS]
         print(f'| {name} | ' + ' | '.join(f'{cell:.3f}' for cell in cells) + ' |', flush=True)
