@@ -1586,7 +1586,8 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
     assert logged(trained) == logged(tmp_path / 'run')
 
 
-@pytest.mark.parametrize('error', [BrokenPipeError(), OSError(5, 'Input/output error')]) # behind head, no terminal
+# behind head, in a closed terminal
+@pytest.mark.parametrize('error', [BrokenPipeError(), OSError(5, 'Input/output error')])
 def test_a_run_continues_when_nobody_reads_its_lines(monkeypatch, error):
     class Gone(io.StringIO):
         def write(self, text):

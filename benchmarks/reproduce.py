@@ -6,9 +6,9 @@ Repeat the runs behind the tables of README.md and RESULTS.md: each row's comman
     python benchmarks/reproduce.py countdown multiplication        # these rows, ROWS of report.py has all
     python benchmarks/reproduce.py countdown --seeds 11 12 --keep  # other seeds, into benchmarks/results/ too
 
-The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed,
-so the command can be stopped, by Ctrl-C too, and given again; smollm2 is the folder that examples/smollm2.py makes. Each new
-accuracy is printed beside the old one. The comparison of algorithms is benchmarks/algorithms.py.
+The runs are in out/reproduce/ROW-SEED: one that has ended there is not repeated, one that was stopped is resumed.
+So the command can be stopped, by Ctrl-C too, and given again. smollm2 is the folder that examples/smollm2.py makes.
+Each new accuracy is printed beside the old one. The comparison of algorithms is benchmarks/algorithms.py.
 With --keep the summaries replace those in benchmarks/results/, of which `python benchmarks/report.py` makes the tables.
 """
 import argparse

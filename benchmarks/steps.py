@@ -5,7 +5,7 @@ this machine's CPU.
 
     pip install trl==1.16.0                   # brings transformers, datasets, accelerate and safetensors
     python benchmarks/steps.py                # rows 1 to 4 of the table, 5 minutes on two cores; --rows=1 the first
-    python benchmarks/steps.py --rows=5 --pretrained=smollm2     # the folder that examples/smollm2.py makes; 12 minutes
+    python benchmarks/steps.py --rows=5       # from smollm2, the folder that examples/smollm2.py makes, 12 minutes
 
 In rows 1 and 2 no response ends before the limit, so that both do the same work: while sampling,
 the logit of end-of-sequence is -inf, ours by a hook (see growth.py), theirs by generate's
@@ -62,7 +62,7 @@ ROWS = [
     ('countdown', RANDOM_5M, 256, 64, False, 1),
     ('multiplication', [f'--init_from={top}/assets/multiplication_base.pt'], 256, 96, True, 1),
     ('countdown', [f'--init_from={top}/assets/countdown_base.pt'], 128, 800, True, 4),
-    ('multiplication', ['--init_from=PRETRAINED', '--max_factor=40'], 32, 64, True, 1)]
+    ('multiplication', ['--init_from=smollm2', '--max_factor=40'], 32, 64, True, 1)]
 
 
 def our_run(task, weights, prompts, limit, ends, folder):
@@ -188,7 +188,6 @@ def check(run, trainer, rows=32):
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--rows', default='1,2,3,4', help='of the table')
 parser.add_argument('--pairs', type=int, default=5)
-parser.add_argument('--pretrained', default='smollm2', help='the folder of weights of row 5')
 args = parser.parse_args()
 
 transformers.logging.set_verbosity_error()
@@ -199,7 +198,6 @@ print('| one step of A*PO | parameters | tokens a response | ours, s | TRL, s | 
       '|---|---|---|---|---|---|', flush=True)
 for row in args.rows.split(','):
     task, weights, prompts, limit, ends, pieces = ROWS[int(row) - 1]
-    weights = [word.replace('PRETRAINED', args.pretrained) for word in weights]
     with tempfile.TemporaryDirectory() as folder:
         run = our_run(task, weights, prompts, limit, ends, folder)
         trainer, pairs = their_trainer(run, ends, pieces, args.pairs + 1, folder), Pairs(run)
