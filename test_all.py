@@ -1808,7 +1808,8 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
     (tmp_path / 'out/reproduce/multiplication-7/checkpoint_step_20.pt').write_text('')
     said = run_it(*some, '--keep')
     assert re.search(r'seed 3: 50.0%, on the pages \d+\.\d%', said) and 'seed 7: 50.0%, on the pages not there' in said
-    assert {'--task=multiplication', '--seed=3'} < {*commands[0]} and '--init_from=resume' in commands[1]
+    assert {'--task=multiplication', '--seed=3'} < {*commands[0]}
+    assert '--task=multiplication' in commands[1] and '--init_from=resume' in commands[1][-2:]
     kept = json.loads((tmp_path / 'results/multiplication-7.json').read_text())
     assert len(commands) == 2 and kept['accuracy_by_difficulty_after_warmup'] == {'1x1 digits': 0.3}
     assert kept['steadiness'] == pytest.approx(dict(evaluation_fall=0.08, greatest_kl=9, reward_fall=1))
@@ -2181,7 +2182,8 @@ def test_pretrained_tokenizer_goes_round_and_knows_its_end(tmp_path):
     for more, ends in ((dict(generation_config='{"eos_token_id": [2, 0]}'), [2, 0]),
                        (dict(config='{"eos_token_id": 1}'), [1]),
                        (dict(tokenizer_config='{"eos_token": {"content": "<|im_end|>"}}'), [2]),
-                       (dict(tokenizer_config='{"eos_token": "<|im_end|>"}', config='{"eos_token_id": [0, 9999]}'), [2, 0])):
+                       (dict(tokenizer_config='{"eos_token": "<|im_end|>"}', config='{"eos_token_id": [0, 9999]}'),
+                        [2, 0])):
         assert PretrainedTokenizer(files | {f'{name}.json': text for name, text in more.items()}).ends == ends
     for nothing in ({}, {'config.json': '{"eos_token_id": []}'}, {'config.json': '{"eos_token_id": 9999}'},
                     {'config.json': '{"eos_token_id": null}'},
@@ -2360,7 +2362,8 @@ def test_pretrained_weights_answer_before_any_training(ask, tmp_path, monkeypatc
     write_pretrained('model')
     make_tokenizer('model')
     before = sorted(os.listdir('model'))
-    assert ask('--checkpoint=model') == 'error: model was not trained here, so it needs --task=, such as --task=countdown'
+    said = ask('--checkpoint=model')
+    assert said == 'error: model was not trained here, so it needs --task=, such as --task=countdown'
     said = ask('--checkpoint=model', '--task=multiplication', '--prompt=3 * 4', '--max_new_tokens=8', '--num_samples=2')
     assert 'model: multiplication, ' in said and 'problem   What is 3 × 4?\n' in said
     assert 'accuracy' in ask('--checkpoint=model', '--task=chain', '--eval', '--num_problems=3', '--max_new_tokens=8',

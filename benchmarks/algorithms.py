@@ -265,8 +265,8 @@ def rates_table(trials, rows):
 
 def table(runs, baseline):
     lines = ['| | seeds | accuracy: interquartile mean | each seed | better than '
-             f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% | to 90% '
-             '| minutes | fell by 3 points | steps clipped |', '|' + '---|' * 15]
+             f'{baseline} | KL at the end | greatest KL | at KL 1 | responses to 85% | to 90% | minutes to 85% '
+             '| to 90% | minutes | fell by 3 points | steps clipped |', '|' + '---|' * 15]
     for name, plans in runs.items():
         found = records(plans)
         if not found:

@@ -84,7 +84,7 @@ def take(command, seed, folder):
     which saves itself, and ends this program too."""
     words = shlex.split(command.partition('train.py')[2]) + [f'--seed={seed}']
     if glob.glob(os.path.join(folder, 'checkpoint_step_*.pt')):
-        words = ['--init_from=resume']
+        words += ['--init_from=resume'] # the last one counts; a task that is a file has to be named again
     elif os.path.exists(folder): # it was killed before it saved anything
         shutil.rmtree(folder)
     run = subprocess.Popen([sys.executable, 'train.py', *words, f'--out_dir={folder}'], start_new_session=True)
