@@ -1772,6 +1772,31 @@ def test_the_pages_say_what_the_results_say():
         report['filled']('no table', ['summary'])
 
 
+@slow
+@pytest.mark.parametrize('name', ['search', 'plan'])
+def test_what_benchmarks_compute_repeats(name):
+    """Two of the tables that benchmarks print hold no times, so they come out the same on every machine."""
+    said = subprocess.run([sys.executable, f'{HERE}/benchmarks/{name}.py'], capture_output=True, text=True)
+    with open(f'{HERE}/benchmarks/results/{name}.md', encoding='utf-8') as file:
+        assert said.stdout == file.read(), said.stderr
+
+
+def test_growth_gives_train_settings_it_takes(tmp_path, monkeypatch, capsys):
+    """growth.py starts a process for each row, with settings that train.py has, and draws what they say."""
+    monkeypatch.chdir(tmp_path)
+    growth = runpy.run_path(f'{HERE}/benchmarks/growth.py', run_name='growth')
+    commands = []
+    def start(command, **options):
+        commands.append(command[3:])
+        return types.SimpleNamespace(returncode=0, stdout=f'RESULT 800000 {len(commands)} 2 0.5')
+    monkeypatch.setattr(subprocess, 'run', start)
+    monkeypatch.setattr(sys, 'argv', ['growth.py', '--device=cpu'])
+    growth['main']()
+    assert commands and all(train.read_arguments(words, train.SETTINGS)[1] == [] for words in commands)
+    assert all('--device=cpu' in words for words in commands) and os.path.exists('growth.png')
+    assert capsys.readouterr().out.count('| 0.8 M |') == len(commands)
+
+
 def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
     """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its
     summary with how steady the run was."""

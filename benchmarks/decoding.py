@@ -96,18 +96,21 @@ def step_seconds(model, rows, step):
 
 
 def print_profile(model, all_rows):
-    """Print which operations a decoding step starts, and their shares of its time, which the profiler makes longer."""
-    print('| rows | operation | calls a step | share of the time |\n|---|---|---|---|')
+    """Print what shares of a decoding step's time go where, by a profiler, which makes it longer. The calls include
+    those that others make."""
+    print('| rows | a step, ms | calls | products with weights | products of attention | all else |\n'
+          '|---|---|---|---|---|---|')
     for rows in all_rows:
+        milliseconds = 1000 * step_seconds(model, rows, Decoding.step)
         prompts, uniform = [list(range(2, 2 + PROMPT))] * rows, torch.rand(rows, TOKENS)
-        generate(model, prompts, TOKENS, 1.0, [-1], uniform)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             generate(model, prompts, TOKENS, 1.0, [-1], uniform)
-        operations = sorted(profiler.key_averages(), key=lambda one: -one.self_cpu_time_total)
-        whole = sum(one.self_cpu_time_total for one in operations)
-        print(f'| {rows:,} | all | {sum(one.count for one in operations) / TOKENS:.0f} | 100% |')
-        for one in operations[:6]:
-            print(f'| | {one.key} | {one.count / TOKENS:.0f} | {one.self_cpu_time_total / whole:.0%} |', flush=True)
+        spent = {one.key: one.self_cpu_time_total for one in profiler.key_averages()}
+        calls = sum(one.count for one in profiler.key_averages()) / TOKENS
+        weights, attention = (sum(spent.get(f'aten::{name}', 0) for name in names) / sum(spent.values())
+                              for names in (('mm', 'addmm'), ('bmm', 'baddbmm')))
+        print(f'| {rows:,} | {milliseconds:.2f} | {calls:,.0f} | {weights:.0%} | {attention:.0%} '
+              f'| {1 - weights - attention:.0%} |', flush=True)
 
 
 def print_update(size, tokens, device, dtype, rate):

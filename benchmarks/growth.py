@@ -55,7 +55,7 @@ def never_end(run):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    settings = parser.parse_known_args()[1]
+    more = parser.parse_known_args()[1] # settings for train.py
     print('| batch | tokens a response | width | parameters | sampling, s | reference and update, s | memory |\n'
           '|---|---|---|---|---|---|---|', flush=True)
     found = {}
@@ -66,7 +66,7 @@ def main():
                                   d_ff=3 * row['d_model'], warmup_steps=0, max_steps=100,
                                   learning_rate=1e-6, out_dir=f'out/growth_{os.getpid()}')
             said = subprocess.run([sys.executable, __file__, 'one', *(f'--{k}={v}' for k, v in settings.items()),
-                                   *settings], capture_output=True, text=True)
+                                   *more], capture_output=True, text=True)
             if said.returncode:
                 sys.exit(said.stderr)
             found[key] = dict(zip(COLUMNS, map(float, said.stdout.split('RESULT')[1].split())))

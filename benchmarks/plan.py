@@ -86,7 +86,7 @@ def gb(x):
 
 
 print(f'{BATCH:,} responses a step of up to {LENGTH:,} tokens; ' + ', '.join(f'{k}={v}' for k, v in DEFAULTS.items()))
-print('| model | parameters | activations a token | ranks | update | sampling | on the wire, per step |\n'
+print('\n| model | parameters | activations a token | ranks | update | sampling | on the wire, per step |\n'
       '|---|---|---|---|---|---|---|')
 for name, config in MODELS.items():
     for ranks in (1, 8, 64):

@@ -7,7 +7,9 @@ Write the tables of README.md and RESULTS.md that come from whole runs, and the 
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. A row is of
 the runs of one command: means of accuracies, the median of the minutes. The table `algorithms` is that of
-algorithms.py.
+algorithms.py. What another benchmark prints comes from a file that it was sent to, and then goes to RESULTS.md:
+
+    python benchmarks/search.py > benchmarks/results/search.md
 """
 import argparse
 import glob
@@ -63,7 +65,9 @@ ROWS = {
         f'{SMOLLM2} --task=chain --warmup_steps=100 --max_steps=60 --eval_interval=20 --num_eval_samples=1000')}
 HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262} # by the number of seeds
-PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'algorithms']}
+PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'steps_equal', 'updates', 'commits',
+           'commits_smollm2', 'decoding', 'plan']
+PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'algorithms', *PRINTED]}
 
 
 def main():
@@ -99,8 +103,15 @@ def filled(page, names):
         before, found, rest = page.partition(start)
         if not found or end not in rest:
             raise ValueError(f'no place for the table {name}')
-        page = before + start + '\n' + TABLES[name]() + '\n\n' + rest[rest.index(end):]
+        made = printed(name) if name in PRINTED else TABLES[name]()
+        page = before + start + '\n' + made + '\n\n' + rest[rest.index(end):]
     return page
+
+
+def printed(name):
+    """Return what a benchmark has printed."""
+    with open(os.path.join(RESULTS, f'{name}.md'), encoding='utf-8') as file:
+        return file.read().strip()
 
 
 def keep(folder, name):

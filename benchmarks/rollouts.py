@@ -71,7 +71,7 @@ same = sum(a == b for a, b in zip(ours(0), transformers(0, 'dynamic')))
 print(f'{same} of {args.rows} greedy responses are the same, token by token; {torch.get_num_threads()} threads')
 if same < 0.99 * args.rows: # two equal logits may fall either way
     sys.exit('error: the two do not compute the same thing')
-print('| against transformers | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
+print('\n| against transformers | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
       '|---|---|---|---|')
 for dtype, cache in (('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')):
     theirs.to(getattr(torch, dtype))

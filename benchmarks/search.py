@@ -56,12 +56,12 @@ def print_table(problems, unit, limits, rows):
     """Print which shares of the problems need no more than each limit, by difficulty. The numbers of a row are
     (..., problems)."""
     kinds = [task.difficulty(problem) for problem in problems]
-    groups = {kind: [other == kind for other in kinds] for kind in sorted(set(kinds))}
-    print(f"\n| | {' | '.join(f'{kind}, {limit} {unit}' for kind in groups for limit in limits)} |")
-    print('|---' * (1 + len(groups) * len(limits)) + '|')
+    print(f"\n| {unit} | {' | '.join(map(str, limits))} |\n" + '|---' * (1 + len(limits)) + '|')
     for name, needed in rows.items():
-        cells = [f'{np.mean(needed[..., group] <= limit):.1%}' for group in groups.values() for limit in limits]
-        print(f"| {name} | {' | '.join(cells)} |", flush=True)
+        for kind in sorted(set(kinds)):
+            group = [other == kind for other in kinds]
+            shares = [f'{np.mean(needed[..., group] <= limit):.1%}' for limit in limits]
+            print(f"| {name}, {kind} | {' | '.join(shares)} |", flush=True)
 
 
 problems = held_out_problems(task, 2000)
@@ -75,5 +75,6 @@ problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
 needed = np.array([[2 + tokens_until_right(task.search(problem, order=order)) for problem in problems]
                    for order in ORDERS.values()])
-print_table(problems, 'tokens', (100, 200, 400, 800), {f'search `{name}`': row for name, row in zip(ORDERS, needed)} | {
+names = ['small results first' if name == '.' else f'{name} first' for name in ORDERS]
+print_table(problems, 'tokens', (100, 200, 400, 800), dict(zip(names, needed)) | {
     'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})

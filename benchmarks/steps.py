@@ -194,7 +194,7 @@ transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
 print(f'trl {trl.__version__}, transformers {transformers.__version__}, torch {torch.__version__}, '
       f'{torch.get_num_threads()} threads')
-print('| one step of A*PO | parameters | tokens a response | ours, s | TRL, s | ratio: median (least to greatest) |\n'
+print('\n| one step of A*PO | parameters | tokens a response | ours, s | TRL, s | ratio: median (least to greatest) |\n'
       '|---|---|---|---|---|---|', flush=True)
 for row in args.rows.split(','):
     task, weights, prompts, limit, ends, pieces = ROWS[int(row) - 1]

@@ -87,7 +87,7 @@ batch = respond(model, task, tokenizer, held_out_problems(task, args.rows), (set
                 max_new_tokens=settings['max_new_tokens'], temperature=settings['temperature'])
 tokens, mask = batch.tokens, batch.mask
 print(f'{len(tokens)} responses of {mask.sum(1).float().mean():.0f} tokens on average, the longest row '
-      f'{tokens.size(1)}; micro-batches of {micro_batch_tokens} tokens; {torch.get_num_threads()} threads\n'
+      f'{tokens.size(1)}; micro-batches of {micro_batch_tokens} tokens; {torch.get_num_threads()} threads\n\n'
       '| forward and backward | precision | ours, tokens/s | padded | ratio: median (least to greatest) |\n'
       '|---|---|---|---|---|')
 compare('0.8M', model.requires_grad_(), tokens, mask, 'float32')
@@ -96,5 +96,5 @@ tokens, mask = trim(tokens[few], mask[few])
 model = Transformer(ModelConfig(model.config.vocab_size, model.config.max_seq_len, **SIZES['50m']))
 best = compare('50M', model, tokens, mask, 'bfloat16')
 rate = 6 * model.num_params() * row_lengths(mask).sum() / best # attention, a few percent, is left out
-print(f'the 50M model computes {rate / 1e9:.0f} GFLOP/s, where bfloat16 matrix multiplies run at '
+print(f'\nthe 50M model computes {rate / 1e9:.0f} GFLOP/s, where bfloat16 matrix multiplies run at '
       f'{matmul_rate(torch.bfloat16) / 1e9:.0f} and float32 ones at {matmul_rate(torch.float32) / 1e9:.0f}')
