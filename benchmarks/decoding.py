@@ -105,12 +105,18 @@ def print_profile(model, all_rows):
         prompts, uniform = [list(range(2, 2 + PROMPT))] * rows, torch.rand(rows, TOKENS)
         with profile(activities=[ProfilerActivity.CPU]) as profiler:
             generate(model, prompts, TOKENS, 1.0, [-1], uniform)
-        spent = {one.key: one.self_cpu_time_total for one in profiler.key_averages()}
-        calls = sum(one.count for one in profiler.key_averages()) / TOKENS
-        weights, attention = (sum(spent.get(f'aten::{name}', 0) for name in names) / sum(spent.values())
-                              for names in (('mm', 'addmm'), ('bmm', 'baddbmm')))
+        operations = profiler.key_averages()
+        calls = sum(one.count for one in operations) / TOKENS
+        weights = share(operations, 'aten::mm', 'aten::addmm')
+        attention = share(operations, 'aten::bmm', 'aten::baddbmm')
         print(f'| {rows:,} | {milliseconds:.2f} | {calls:,.0f} | {weights:.0%} | {attention:.0%} '
               f'| {1 - weights - attention:.0%} |', flush=True)
+
+
+def share(operations, *names):
+    """Return which share of the time the operations of these names took."""
+    spent = sum(one.self_cpu_time_total for one in operations if one.key in names)
+    return spent / sum(one.self_cpu_time_total for one in operations)
 
 
 def print_update(size, tokens, device, dtype, rate):

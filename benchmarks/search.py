@@ -75,6 +75,7 @@ problems = held_out_problems(task, 2000)
 # the first line names the search and is two tokens
 needed = np.array([[2 + tokens_until_right(task.search(problem, order=order)) for problem in problems]
                    for order in ORDERS.values()])
+# a response says '.' where the small results come first
 names = ['small results first' if name == '.' else f'{name} first' for name in ORDERS]
 print_table(problems, 'tokens', (100, 200, 400, 800), dict(zip(names, needed)) | {
     'one of the four at random': needed, 'the best of the four for each puzzle': needed.min(0)})
