@@ -342,7 +342,7 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, wor
     stored = checkpoint['task']
     if not stored and not task_name:
         fail(f"{name} was not trained here, so it needs --task=, such as --task=countdown")
-    task = make_task(trusted(stored, task_name, '--task'), checkpoint['settings'], words)
+    task = make_task(trusted(name, stored, task_name, '--task'), checkpoint['settings'], words)
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
@@ -356,11 +356,11 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, wor
     return model, task, tokenizer
 
 
-def trusted(stored, given, option):
-    """Return the name of a task or algorithm, given on the command line or else stored in a
-    checkpoint, which must not choose what code runs: a file has to be given."""
+def trusted(name, stored, given, option):
+    """Return the name of a task or algorithm, given on the command line or else stored in the
+    checkpoint `name`, which must not choose what code runs: a file has to be given."""
     if stored.endswith('.py') and not given:
-        fail(f"a checkpoint must not choose what code runs, and this one names a file: add {option}={stored}")
+        fail(f"a checkpoint must not choose what code runs, and {name} names a file: add {option}={stored}")
     return given or stored
 
 

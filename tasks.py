@@ -2,8 +2,8 @@
 The tasks: problems, prompts, demonstrations for the warm-up, the verifiers that decide what is right, and the split.
 
 A task is one class: its parameters are the keyword arguments of its constructor, its `defaults` the settings of
-train.py that suit it. Countdown and Multiplication are the main ones; Chain, the smallest, is the one to copy, and
-examples/ has more, a file each. This file knows strings only: no tensors, no model.
+train.py that suit it. Countdown and Multiplication are the main ones, Chain is the smallest, and examples/ has more, a
+file each, sorting.py with a comment at each part. This file knows strings only: no tensors, no model.
 
 The verifier is the ground truth of everything in this repo. It never executes what the model wrote: it has a tokenizer
 and a parser of its own, exact rational arithmetic, and refuses answers of more than 256 characters unread.
@@ -190,6 +190,10 @@ class Task:
     def difficulty(self, problem):
         """Return the group of problems that accuracy is reported by."""
         return 'all'
+
+    def parse(self, text):
+        """Return the problem that a person typed. Raises ValueError for what is none."""
+        raise ValueError(f"{type(self).__name__} has no `parse`, so its problems cannot be typed")
 
     def is_test(self, problem):
         """Say whether a problem is held out: about a tenth of all puzzles, by a stable hash, never

@@ -49,7 +49,7 @@ ENVIRONMENT = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': HERE}
 TINY = ['--task=multiplication', '--max_factor=5', '--d_model=64', '--n_layers=2', '--n_heads=2', '--n_kv_heads=2',
         '--d_ff=128', '--warmup_steps=60', '--warmup_batch_size=16', '--warmup_learning_rate=3e-3', '--batch_size=32',
         '--num_train_samples=32', '--warmup_muon_learning_rate=0.02', '--max_new_tokens=32', '--device=cpu',
-        '--num_responses_per_prompt=4', '--num_eval_samples=64', '--learning_rate=1e-3', '--keep_checkpoints=0']
+        '--num_responses_per_prompt=4', '--num_eval_samples=64', '--keep_checkpoints=0']
 SMALL = ['grid', 'equation', 'sorting', 'searches', 'larger'] # of examples/
 
 
@@ -999,7 +999,7 @@ def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     run.optimizers, seen[:] = train.make_optimizers(run.model), []
     for run.step in (100, 103):
         train.policy_step(run)
-    assert seen == [pytest.approx(dict(policy=1e-3 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
+    assert seen == [pytest.approx(dict(policy=1e-2 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
 
 
 def test_the_head_does_not_shrink_the_policys_step_and_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
@@ -1426,6 +1426,18 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
         main(f'--out_dir={tmp_path}/new', *arguments)
     assert words in error.value.code and '\n' not in error.value.code
     assert glob.glob(f'{tmp_path}/new/*') == []
+
+
+@pytest.mark.parametrize('body, words', [
+    ("defaults = dict(max_step=3)", "did you mean --max_steps?"),
+    ("solution = None", "cannot use these settings: .*TypeError"),
+    ("def solution(self, problem): return self.truth", "has no attribute 'truth'"),
+    ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'", "not one of 20 demonstrations is right")])
+def test_a_mistake_in_a_task_of_ones_own_gets_one_clear_line_before_training(main, tmp_path, body, words):
+    (tmp_path / 'mine.py').write_text(f'from tasks import Chain\n\n\nclass Mine(Chain):\n    {body}\n')
+    with pytest.raises(SystemExit, match=words) as error:
+        main(f'--task={tmp_path}/mine.py', f'--out_dir={tmp_path}/run')
+    assert '\n' not in error.value.code and not glob.glob(f'{tmp_path}/run/*')
 
 
 @pytest.mark.parametrize('variables, words', [

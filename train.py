@@ -68,10 +68,11 @@ warmup_learning_rate = 3e-3 # AdamW, for all but the matrices of the blocks; dec
 warmup_muon_learning_rate = 0.012 # Muon, for the matrices of the blocks; decays with it; 0: AdamW for them too
 # A*PO
 algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a file, as benchmarks/my_loss.py
-max_steps = 96 # steps after the warm-up, each on a batch of responses
+max_steps = 32 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
-learning_rate = 8e-4 # AdamW; decays linearly to 0 over max_steps
+learning_rate = 1e-2 # AdamW; decays linearly to 0 over max_steps
+adam_eps = 1e-2 # AdamW's epsilon, large: a parameter with a small gradient takes a small step (apo.py); usual is 1e-8
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
@@ -89,7 +90,7 @@ value_learning_rate = 1e-3 # AdamW, for the value head
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
 num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
-eval_interval = 20 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
+eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 125 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk, beside the best evaluation's; 0: all
 tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
@@ -108,13 +109,13 @@ LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learnin
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03, num_responses_per_prompt=2)
 # What fits a GPU.
 GPU = dict(
-    **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, batch_size=1024, num_train_samples=256,
-    learning_rate=4e-4, micro_batch_tokens=32768)
+    **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, max_steps=96, batch_size=1024, num_train_samples=256,
+    learning_rate=4e-4, adam_eps=1e-8, eval_interval=20, micro_batch_tokens=32768)
 # What fits pretrained weights on a GPU: small pieces, which leave room for the 150,000 logits of a
 # token. On a laptop a response takes a second.
 PRETRAINED = dict(
     warmup_learning_rate=1e-4, warmup_muon_learning_rate=0.0, max_steps=200, batch_size=256, learning_rate=2e-5,
-    value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=64,
+    adam_eps=1e-8, value_learning_rate=1e-4, beta2=1e-3, max_step_kl=0.05, eval_interval=25, num_train_samples=64,
     max_new_tokens=1024, micro_batch_tokens=4096, rollout_rows=256)
 LAPTOP = PRETRAINED | dict(
     max_steps=40, batch_size=32, eval_interval=20, num_train_samples=16, num_responses_per_prompt=4,
@@ -177,13 +178,13 @@ def main():
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
-        if run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
+        if run.step % (125 * eval_interval) == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {run.step} of the warm-up', one_in=8)
         report(run, 'warm-up', warm_up_step(run), every=20)
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
-        run.optimizers = make_optimizers(run.model)
+        run.optimizers = make_optimizers(run.model, eps=adam_eps)
     if max_steps and run.warmup_accuracy is None:
         run.warmup_accuracy = log_evaluation(run, 'after the warm-up')['accuracy']
         save_checkpoint(run)
@@ -532,7 +533,7 @@ def build(settings, checkpoint):
     if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
     tokenizer = make_tokenizer(state, puzzles, init_from, num_examples)
-    with one_line('these settings', ValueError, TypeError):
+    with one_line('these settings', ValueError, TypeError, AttributeError):
         # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
         # hardly turn.
         config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
@@ -567,9 +568,10 @@ def build(settings, checkpoint):
 
 
 def try_problems(puzzles, tokenizer, config):
-    """Try whether there are problems of both splits, and whether the vocabulary and the model can
-    take them. Raises ValueError that says what is wrong."""
-    used, longest = {*tokenizer.ends}, puzzles.longest_prompt
+    """Try whether there are problems of both splits, whether the vocabulary and the model can take
+    them, and whether the verifier accepts demonstrations. Raises ValueError that says what is
+    wrong."""
+    used, longest, right = {*tokenizer.ends}, puzzles.longest_prompt, 0
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
@@ -577,6 +579,9 @@ def try_problems(puzzles, tokenizer, config):
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
         used.update(prompt + tokenizer.encode(text))
         longest = max(longest, len(prompt))
+        right += puzzles.grade(problem, text).correct
+    if warmup_steps and not right:
+        raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
@@ -668,14 +673,14 @@ def on_device(model):
         model.to('cpu')
 
 
-def make_optimizers(model, muon=False):
+def make_optimizers(model, muon=False, eps=1e-8):
     """Make AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks.
     The value head is a small regression beside the policy, with a learning rate of its own."""
     policy, value_head, matrices = [], [], []
     for name, p in model.named_parameters():
         in_block = muon and p.dim() == 2 and 'blocks' in name
         (value_head if name.startswith('value_head') else matrices if in_block else policy).append(p)
-    groups = [dict(params=policy, name='policy'), dict(params=value_head, name='value_head')]
+    groups = [dict(params=policy, name='policy', eps=eps), dict(params=value_head, name='value_head')]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
     if muon:
         optimizers += [Muon([dict(params=matrices, name='matrices')], dict(lr=0.0, momentum=0.9))]
@@ -792,12 +797,15 @@ def configure(argv):
     resuming = paths['init_from'] == 'resume'
     if resuming:
         for name in ('task', 'algorithm'):
-            paths[name] = trusted(checkpoint['settings'][name], paths[name] if name in given else '', f'--{name}')
+            stored = checkpoint['settings'][name]
+            paths[name] = trusted(paths['out_dir'], stored, paths[name] if name in given else '', f'--{name}')
     name = paths['task']
     kind = task_class(name)
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
+    for setting in kind.defaults.keys() - SETTINGS.keys():
+        refuse(f'--{setting}', defaults, name)
     given, left_over = read_arguments(argv, defaults)
     if left_over:
         refuse(left_over[0], defaults, name)
@@ -1017,7 +1025,7 @@ def restore(run, checkpoint):
     if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
-        run.optimizers = make_optimizers(run.model)
+        run.optimizers = make_optimizers(run.model, eps=adam_eps)
     if checkpoint['stage1_values'] is not None: # a copy, because the file is mapped and may have to go
         run.stage1_values = checkpoint['stage1_values'].to(device, copy=True)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):

@@ -34,21 +34,27 @@ sys.path.insert(0, top)
 from sample import COLORS, read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
-RATES = ('2e-4', '4e-4', '8e-4')
+RATES = ('2e-4', '4e-4', '8e-4') # of AdamW
+LARGE_RATES = ('5e-3', '1e-2', '2e-2') # with a large epsilon
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
 SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
 OURS = ['--num_train_samples=32'] # the default on a CPU, where a GPU's is 256
-PLAIN = ['--max_step_kl=0'] # without our bound on a step, which the others do not have
+ADAMW = ['--adam_eps=1e-8'] # as everybody uses it
+PLAIN = ['--max_step_kl=0', *ADAMW] # without our bound on a step, which the others do not have
 ALGORITHMS = {
     'A*PO': OURS,
+    'A*PO, plain AdamW': [*OURS, *ADAMW],
     'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False',
                           '--grad_clip=500', '--beta2=1e-3'],
     'GRPO': [*PLAIN, '--algorithm=grpo'],
     'RLOO': [*PLAIN, '--algorithm=rloo'],
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
     'rejection sampling': [*PLAIN, '--algorithm=rejection'],
-    'imitation goes on': ['--max_steps=0']}
-TWICE = ('A*PO', 'GRPO', 'rejection sampling') # which are also given twice the responses
+    'imitation goes on': ['--max_steps=0'],
+    'GRPO, as A*PO': ['--algorithm=grpo'], # with our epsilon and our bound
+    'REINFORCE, as A*PO': ['--algorithm=reinforce'],
+    'rejection sampling, as A*PO': ['--algorithm=rejection']}
+TWICE = ('A*PO', 'A*PO, plain AdamW', 'GRPO', 'rejection sampling') # which are also given twice the responses
 MANY = { # several updates per batch: where the ratio is not 1
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('grpo', 'cispo', 'gspo')} | {
@@ -82,7 +88,7 @@ def main():
         rows = {name: rows[name] for name in args.only.split(';')}
 
     if args.table == 'ablations': # at the default's rate on a CPU, on the fold that chooses
-        runs = {name: [plan(name, settings, seed, BUDGET, '8e-4', fold=1) for seed in (1, 2, 3)]
+        runs = {name: [plan(name, settings, seed, BUDGET, '1e-2', fold=1) for seed in (1, 2, 3)]
                 for name, settings in rows.items()}
         take_all(sum(runs.values(), []), args)
         return print(table(runs, baseline='default'))
@@ -99,17 +105,22 @@ def main():
 # --------------------------------------------------------------------------------------------------
 # Runs
 
+def rates_of(settings):
+    """Return the three learning rates to choose from."""
+    return RATES if {*ADAMW, '--max_steps=0'} & {*settings} else LARGE_RATES
+
+
 def trials_of(rows):
     """Return the runs that choose a rate, {(name, rate): plans}, on another fold."""
     return {(name, rate): [plan(name, settings, seed, BUDGET, rate, fold=1) for seed in (1, 2)]
-            for name, settings in rows.items() for rate in RATES}
+            for name, settings in rows.items() for rate in rates_of(settings)}
 
 
 def fresh_runs(rows, trials, seeds=8):
     """Return the runs at the best rate of each row, {name: plans}. A row without any trial has to wait."""
     runs = {}
     for name, settings in rows.items():
-        rate = max(RATES, key=lambda rate: mean_accuracy(trials[name, rate]))
+        rate = max(rates_of(settings), key=lambda rate: mean_accuracy(trials[name, rate]))
         if mean_accuracy(trials[name, rate]):
             runs[name] = [plan(name, settings, seed, BUDGET, rate) for seed in range(11, 11 + seeds)]
             if name in TWICE:
@@ -255,10 +266,11 @@ def shown(value, form):
 
 
 def rates_table(trials, rows):
-    lines = ['| rate | ' + ' | '.join(RATES) + ' |', '|---|' + '---|' * len(RATES)]
-    for name in rows:
-        cells = [', '.join(f"{record['accuracy']:.1%}" for record in records(trials[name, rate])) for rate in RATES]
-        if any(cells):
+    lines = ['| accuracy on fold 1 at three rates | low | middle | high |', '|---|---|---|---|']
+    for name, settings in rows.items():
+        found = {rate: records(trials[name, rate]) for rate in rates_of(settings)}
+        cells = [f'{rate}: ' + ', '.join(f"{record['accuracy']:.1%}" for record in found[rate]) for rate in found]
+        if any(found.values()):
             lines.append(f'| {name} | ' + ' | '.join(cells) + ' |')
     return '\n'.join(lines)
 
