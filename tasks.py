@@ -515,7 +515,7 @@ class MultiplicationProblem(NamedTuple):
 
 class Multiplication(Task):
     """What is a × b? Numbers are spelt in digits, so that the model has to carry."""
-    defaults = dict(warmup_steps=4000, warmup_batch_size=32, max_steps=128, max_new_tokens=96)
+    defaults = dict(warmup_steps=4000, warmup_batch_size=32, max_steps=48, max_new_tokens=96)
 
     def __init__(self,
                  max_factor=99, # factors are drawn from 1 to this

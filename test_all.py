@@ -1460,7 +1460,7 @@ def test_cluster_variables_that_are_half_set_get_one_line(monkeypatch, variables
 
 def test_help_lists_every_setting_and_those_of_the_tasks(capsys):
     for arguments, words in ((['--help'], []),
-                             (['--help', '--task=multiplication'], ["task = 'multiplication'", 'max_steps = 128']),
+                             (['--help', '--task=multiplication'], ["task = 'multiplication'", 'max_steps = 48']),
                              (['-h', '--task=examples/sorting.py'], ['# Sorting', 'max_number = 20'])):
         with pytest.raises(SystemExit) as error:
             train.configure(arguments)
