@@ -1002,6 +1002,18 @@ def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     assert seen == [pytest.approx(dict(policy=1e-2 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
 
 
+def test_the_policy_has_a_large_epsilon_in_a_star_po_alone(main, tmp_path, monkeypatch):
+    seen, step = [], train.optimizer_step
+    monkeypatch.setattr(train, 'optimizer_step', lambda run: seen.append(
+        {group['name']: group['eps'] for group in run.optimizers[0].param_groups}) or step(run))
+    main(*TINY, '--adam_eps=0.02', '--max_steps=2', '--checkpoint_interval=1', f'--out_dir={tmp_path}/whole')
+    assert seen[:60] == 60 * [dict(policy=1e-8, value_head=1e-8)]
+    assert seen[60:] == len(seen[60:]) * [dict(policy=0.02, value_head=1e-8)] # the head's steps in stage 1, too
+    taken = len(seen)
+    main('--init_from=resume', f"--out_dir={resumed_from(tmp_path / 'whole', 61, tmp_path / 'part')}")
+    assert len(seen) == taken + 1 and seen[-1] == seen[-2], "also when resumed"
+
+
 def test_the_head_does_not_shrink_the_policys_step_and_a_gradient_that_is_not_finite_ends_the_run(tmp_path):
     """Clipped together, the head's gradient, which is large where beta1 is small, would take the policy's place."""
     run, seen = started(*TINY, f'--out_dir={tmp_path}'), []
