@@ -90,7 +90,7 @@ value_learning_rate = 1e-3 # AdamW, for the value head
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
 num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
-eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 125 times as many
+eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # the newest checkpoints that stay on the disk, beside the best evaluation's; 0: all
 tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
@@ -178,7 +178,7 @@ def main():
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
-        if run.step % (125 * eval_interval) == 0 and run.evaluated < run.step:
+        if run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {run.step} of the warm-up', one_in=8)
         report(run, 'warm-up', warm_up_step(run), every=20)
         checkpoint_if_due(run)
