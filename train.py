@@ -804,8 +804,6 @@ def configure(argv):
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
         fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
-    for setting in kind.defaults.keys() - SETTINGS.keys():
-        refuse(f'--{setting}', defaults, name)
     given, left_over = read_arguments(argv, defaults)
     if left_over:
         refuse(left_over[0], defaults, name)
@@ -859,6 +857,8 @@ def print_help(task_name):
 
 def check_settings(settings, checkpoint):
     """End with one line for settings that cannot work."""
+    for name in task_class(settings['task']).defaults.keys() - SETTINGS.keys():
+        refuse(f'--{name}', SETTINGS, settings['task'])
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             fail(f"--{name} must be {' or '.join(map(str, choices))}, not {settings[name]!r}")
