@@ -1125,7 +1125,7 @@ def hint(run, metrics):
     if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - 0.05:
         advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: give "
                     f"--max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
-    if steps >= 50 and now < min(0.9, start + 0.02):
+    if steps >= 25 and now < min(0.9, start + 0.02):
         advise(run, f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}")
 
 
