@@ -2392,7 +2392,7 @@ def pretrained(tmp_path_factory):
     make_tokenizer(folder)
     process = script('train.py', *TINY, '--n_heads=4', '--d_ff=96', f'--init_from={folder}', f'--out_dir={out}',
                      '--warmup_steps=70', '--max_steps=60', '--checkpoint_interval=120', '--eval_interval=100',
-                     '--num_examples=2', '--warmup_learning_rate=3e-3')
+                     '--num_examples=2', '--warmup_learning_rate=3e-3', '--learning_rate=1e-3')
     assert process.returncode == 0 and process.stderr == '', process.stderr
     return str(folder), str(out)
 
