@@ -1217,7 +1217,7 @@ def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path,
 def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
     healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
     for sign, advice in [(None, ''), (dict(truncated=0.9), '--max_new_tokens'), (dict(), 'the reward is flat'),
-                         (dict(reward=0.44), 'left its bounds.*--max_step_kl'), (dict(base_kl=5.1), 'left its bounds'),
+                         (dict(reward=0.3), 'left its bounds.*--max_step_kl'), (dict(base_kl=5.1), 'left its bounds'),
                          (dict(reward=0.0), 'is zero.*--max_factor=5')]:
         run = started(*TINY, f'--out_dir={tmp_path}')
         capsys.readouterr()

@@ -83,7 +83,7 @@ num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO and its kin
-fresh_prompts = True # new prompts at every step, V* from the value head; False: those of stage 1, with their own V*
+fresh_prompts = True # A*PO: new prompts at every step, V* from the value head; False: those of stage 1, with their V*
 ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
@@ -829,7 +829,7 @@ def configure(argv):
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
     globals().update({setting: settings[setting] for setting in SETTINGS})
-    check_settings(settings, checkpoint)
+    check_settings(settings, checkpoint, kind)
     join_ranks()
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")
@@ -855,9 +855,9 @@ def print_help(task_name):
     sys.exit()
 
 
-def check_settings(settings, checkpoint):
+def check_settings(settings, checkpoint, kind):
     """End with one line for settings that cannot work."""
-    for name in task_class(settings['task']).defaults.keys() - SETTINGS.keys():
+    for name in kind.defaults.keys() - SETTINGS.keys():
         refuse(f'--{name}', SETTINGS, settings['task'])
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
@@ -1117,16 +1117,19 @@ def hint(run, metrics):
     run.rewards.append(metrics['reward'])
     steps, of_ten = len(run.rewards), np.convolve(run.rewards, np.full(10, 0.1), 'valid') # running means
     start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
+    fall = max(0.05, batch_size ** -0.5) # chance alone makes a mean of ten fall by less
     if steps >= 5 and not any(run.rewards):
         advise(run, "every reward so far is zero: give more --warmup_steps, or make the task easier "
                     f"({parameters_of(run)})")
     if metrics['truncated'] > 0.5:
-        advise(run, f"most responses are cut off: raise --max_new_tokens={max_new_tokens}, or lower the learning rate")
-    if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - 0.05:
-        advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by 0.05: give "
-                    f"--max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
+        advise(run, f"most responses are cut off: raise --max_new_tokens above {max_new_tokens}, or lower the "
+                    "learning rate")
+    if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - fall:
+        advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by {fall:.2f}: "
+                    f"give --max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
     if steps >= 25 and now < min(0.9, start + 0.02):
-        advise(run, f"the reward is flat: raise --learning_rate={learning_rate} or --batch_size={batch_size}")
+        advise(run, f"the reward is flat: raise --learning_rate above {learning_rate} or --batch_size above "
+                    f"{batch_size}")
 
 
 def advise(run, advice):
