@@ -1444,7 +1444,8 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("defaults = dict(max_step=3)", "did you mean --max_steps?"),
     ("solution = None", "cannot use these settings: .*TypeError"),
     ("def solution(self, problem): return self.truth", "has no attribute 'truth'"),
-    ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'", "not one of 20 demonstrations is right")])
+    ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'",
+     "not one of 20 demonstrations is right")])
 def test_a_mistake_in_a_task_of_ones_own_gets_one_clear_line_before_training(main, tmp_path, body, words):
     (tmp_path / 'mine.py').write_text(f'from tasks import Chain\n\n\nclass Mine(Chain):\n    {body}\n')
     with pytest.raises(SystemExit, match=words) as error:

@@ -579,7 +579,7 @@ def try_problems(puzzles, tokenizer, config):
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
         used.update(prompt + tokenizer.encode(text))
         longest = max(longest, len(prompt))
-        right += puzzles.grade(problem, text).correct
+        right += puzzles.grade(problem, text).correct # a task without a verifier fails here, not after its warm-up
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
     if config.max_seq_len < longest + max_new_tokens:
