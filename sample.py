@@ -165,9 +165,8 @@ def main():
     path = find_checkpoint(args.checkpoint)
     checkpoint = open_model(path)
     given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
-    untrained = UNTRAINED if 'folder' in checkpoint else {}
-    settings = checkpoint['settings'] = untrained | checkpoint['settings'] | given
-    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, args.max_new_tokens, words)
+    settings = checkpoint['settings'] = UNTRAINED | checkpoint['settings'] | given
+    models = model, task, tokenizer = load(checkpoint, path, args.device, args.task, words)
     if args.num_examples and isinstance(tokenizer, Tokenizer):
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples,
@@ -274,8 +273,7 @@ def grade_problems(models, options, path, problems, source):
     n = options['repeat']
     rows = evaluate(*models, problems, **options)
     result = summarize(rows)
-    correct = [row['correct'] for row in rows]
-    verdicts = [int(sum(correct[i:i + n])) for i in range(0, len(rows), n)]
+    verdicts = np.reshape([row['correct'] for row in rows], (-1, n)).sum(1).astype(int).tolist()
     print(summary_line(verdicts, n))
     print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
     own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
@@ -336,7 +334,7 @@ def plot_runs(folders, path):
 # --------------------------------------------------------------------------------------------------
 # Checkpoints, and one line for what goes wrong
 
-def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, words=()):
+def load(checkpoint, name, device='auto', task_name='', words=()):
     """Return the model, task and tokenizer of a checkpoint, ready to respond; `name` is what
     messages call it, words are arguments for the task's class."""
     stored = checkpoint['task']
@@ -348,7 +346,7 @@ def load(checkpoint, name, device='auto', task_name='', max_new_tokens=None, wor
     with one_line(name):
         config = ModelConfig(**checkpoint['config'])
         if isinstance(tokenizer, Tokenizer): # the positions of our own models may grow
-            config.max_seq_len = max(config.max_seq_len, task.longest_prompt + (max_new_tokens or 0))
+            config.max_seq_len = max(config.max_seq_len, task.longest_prompt + checkpoint['settings']['max_new_tokens'])
         model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
         model.allocate(device)
         for p, whole in weights_of(checkpoint, model):
@@ -444,11 +442,10 @@ def make_tokenizer(state, task, name, num_examples):
     return tokenizer
 
 
-def open_model(start):
+def open_model(path):
     """Return the checkpoint that a path names, a file or the folder of a run; or what is needed of
     pretrained weights, in a folder or at Hugging Face: where they are, their config and
     tokenizer."""
-    path = newest_model(glob.escape(start)) or start
     named = re.fullmatch(r'\w[\w.-]*/[\w.-]+', path) and not path.endswith('.pt') # as at Hugging Face
     folder = path
     if not os.path.isdir(path):
@@ -456,8 +453,7 @@ def open_model(start):
             return load_checkpoint(path)
         with one_line(f'{path} (no file or folder here, so looked up at Hugging Face)'):
             from huggingface_hub import snapshot_download
-            files = ['*.json', '*.jinja', 'model*.safetensors']
-            folder = snapshot_download(path, allow_patterns=files)
+            folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
     with one_line(path):
         config = dataclasses.asdict(read_config(folder))
         return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={}, task='', step=0)
@@ -495,13 +491,13 @@ def newest_model(folder):
             return max(found, key=os.path.getmtime)
 
 
-def pick_device(device, local_rank='0'):
+def pick_device(device):
     """Return the device of that name, where 'auto' is the best one here, and of several GPUs that
     of this rank. One line and exit when it cannot be used."""
     if device == 'auto':
         device = 'cuda' if torch.cuda.is_available() else 'mps' if torch.backends.mps.is_available() else 'cpu'
     if device == 'cuda':
-        device = f'cuda:{local_rank}'
+        device = f"cuda:{os.environ.get('LOCAL_RANK') or 0}"
         ranks = int(os.environ.get('LOCAL_WORLD_SIZE') or 1)
         if ranks > max(1, torch.cuda.device_count()):
             fail(f"--nproc_per_node={ranks} needs as many GPUs, and this machine has {torch.cuda.device_count()}")
@@ -543,11 +539,9 @@ def run_script(main, lower):
         os._exit(0)
     except OSError as error: # a folder that cannot be written, a full disk
         sys.exit(f'error: {error.filename or "a file"}: {error.strerror or error}')
-    except MemoryError:
-        sys.exit(f'error: out of memory: lower {lower}')
-    except RuntimeError as error:
-        message = ' '.join(str(error).split())[:120]
-        if re.search("out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", str(error)):
+    except (MemoryError, RuntimeError) as error:
+        message = ' '.join(repr(error).split())[:120]
+        if re.search("MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", repr(error)):
             sys.exit(f'error: out of memory: lower {lower} ({message})')
         if 'inline_container' in str(error): # as torch.save says it
             sys.exit(f'error: a checkpoint could not be written, is the disk full? Earlier ones are whole ({message})')

@@ -1626,7 +1626,7 @@ def test_a_run_continues_when_nobody_reads_its_lines(monkeypatch, error):
 def test_ignored_signals_stay_ignored(main, monkeypatch):
     """As nohup ignores the one of a terminal that closes."""
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    train.catch_signals()
+    train.catch_signals(types.SimpleNamespace())
     assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN != signal.getsignal(signal.SIGTERM)
     main_handler = signal.getsignal(signal.SIGTERM)
     assert callable(main_handler)
@@ -1964,6 +1964,16 @@ def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, cap
     assert len(sample.read_log(out / 'metrics.jsonl')) == len(kept), "a finished run logs nothing twice"
     with pytest.raises(SystemExit, match='--max_steps=3 comes too late: this run has taken 8 steps'):
         main('--init_from=resume', f'--out_dir={out}', '--max_steps=3')
+
+
+def test_a_run_without_a_policy_step_is_resumed_though_its_task_has_moved(main, tmp_path):
+    out, moved = f'{tmp_path}/run', shutil.copy(f'{HERE}/examples/sorting.py', tmp_path)
+    main(f'--task={HERE}/examples/sorting.py', *TINY[2:], '--warmup_steps=2', '--max_steps=0', f'--out_dir={out}')
+    rows = len(metrics(out))
+    main('--init_from=resume', f'--task={moved}', f'--out_dir={out}')
+    assert len(metrics(out)) == rows, "a finished run logs nothing twice"
+    main('--init_from=resume', f'--task={moved}', f'--out_dir={out}', '--warmup_steps=3')
+    assert len(metrics(out)) > rows
 
 
 @slow

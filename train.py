@@ -27,6 +27,7 @@ import signal
 import subprocess
 import sys
 import time
+import timeit
 
 import numpy as np
 import torch
@@ -42,7 +43,7 @@ from apo import (
 from model import (
     SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim)
 from sample import (
-    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, held_out_problems, load_checkpoint,
+    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, find_checkpoint, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
     read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
 from tasks import TASKS, PretrainedTokenizer
@@ -122,14 +123,9 @@ LAPTOP = PRETRAINED | dict(
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from', 'algorithm') # names or paths
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('seconds', 'evaluated', 'best', 'warmup_accuracy', 'tracker_id', 'step') # a checkpoint has these of a Run
+PLAIN = ('evaluated', 'best', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
-stop_signal = 0 # the number of the signal that asked this process to stop
-
-
-class Stopped(Exception):
-    """A signal asked to stop while responses were being sampled."""
 
 
 @dataclasses.dataclass
@@ -147,12 +143,12 @@ class Run:
     other: Algorithm = None # what takes the place of A*PO
     stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
-    evaluated: int = 0 # the step of the last evaluation
-    warmup_accuracy: float = None
+    evaluated: int = -1 # the step of the last evaluation
     best: tuple = (0.0, 0) # accuracy and step of the best evaluation, whose checkpoint is kept
     tracker_id: str = None # of the run at wandb
     track: object = None # a function that sends numbers to wandb
     started: float = dataclasses.field(default_factory=time.monotonic) # less earlier sessions
+    stopping: bool = False # a signal asked this process to stop
     pace: float = 0.0 # seconds per step, a moving average
     rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for hints
     hints: list = dataclasses.field(default_factory=list) # that were given
@@ -161,38 +157,32 @@ class Run:
     def seconds(self):
         return time.monotonic() - self.started
 
-    @seconds.setter
-    def seconds(self, value):
-        self.started = time.monotonic() - value
-
 
 def main():
     start = configure(sys.argv[1:])
     lock = claim(out_dir) # no other process writes there while this one lives
     run = build(*start)
+    del start # or the file of its checkpoint would take disk space until the run ends
     open_tracker(run)
-    catch_signals()
+    catch_signals(run)
     print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens")
     if isinstance(run.tokenizer, PretrainedTokenizer) and run.step == 0:
         look(run)
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
-        if run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
+        if run.step and run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
             log_evaluation(run, f'at step {run.step} of the warm-up', one_in=8)
         report(run, 'warm-up', warm_up_step(run), every=20)
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
         run.optimizers = make_optimizers(run.model, eps=adam_eps)
-    if max_steps and run.warmup_accuracy is None:
-        run.warmup_accuracy = log_evaluation(run, 'after the warm-up')['accuracy']
-        save_checkpoint(run)
-
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
-            log_evaluation(run, f'at step {stage2_step}', one_in=8)
+            when, one_in = (f'at step {stage2_step}', 8) if stage2_step else ('after the warm-up', 1)
+            log_evaluation(run, when, one_in)
             save_checkpoint(run)
         # Stage 1: the reference answers each prompt several times, which gives V*.
         if algorithm == 'apo' and run.stage1_values is None:
@@ -236,14 +226,13 @@ def warm_up_step(run):
 def demonstrations(run):
     """Return this rank's demonstrations of the current step: tokens, and the mask of the responses,
     both (B, T)."""
-    prompts, responses = [], []
+    rows, masks = [], []
     for problem, rng in run.task.training_problems((seed, WARMUP, run.step), share(warmup_batch_size)):
-        prompts.append(run.tokenizer.encode(run.tokenizer.prompt(run.task, problem)))
+        prompt = run.tokenizer.encode(run.tokenizer.prompt(run.task, problem))
         text = run.tokenizer.demonstration(run.task, problem, rng)
         response = run.tokenizer.encode(text) + run.tokenizer.ends[:1]
-        responses.append(response[:max_new_tokens]) # the policy cannot give more
-    rows = [torch.tensor(p + r) for p, r in zip(prompts, responses)]
-    masks = [torch.arange(len(row)) >= len(p) for p, row in zip(prompts, rows)]
+        rows.append(torch.tensor(prompt + response[:max_new_tokens])) # the policy cannot give more
+        masks.append(torch.arange(len(rows[-1])) >= len(prompt))
     tokens = pad_sequence(rows, batch_first=True, padding_value=run.tokenizer.ends[0])
     return tokens.to(device), pad_sequence(masks, batch_first=True).to(device)
 
@@ -284,10 +273,10 @@ def prompt_features(run, tokens, mask):
     (B, d_model)."""
     ends = mask.int().argmax(1) - 1 # of the prompts, (B,)
     prompts = tokens[:, :int(ends.max()) + 1]
-    pieces = torch.arange(len(tokens), device=device).split(max(1, micro_batch_tokens // prompts.size(1)))
+    count = max(1, micro_batch_tokens // prompts.size(1)) # rows at a time
     with torch.no_grad(), on_device(run.rollout_model): # it has the policy's weights
-        return torch.cat([run.rollout_model.trunk(prompts[rows])[range(len(rows)), ends[rows]]
-                          for rows in pieces]).float()
+        return torch.cat([run.rollout_model.trunk(part)[range(len(part)), at]
+                          for part, at in zip(prompts.split(count), ends.split(count))]).float()
 
 
 def predicted_values(run, batch):
@@ -312,9 +301,7 @@ def policy_step(run):
     # refreshed.
     with torch.no_grad(), on_device(run.reference), on_device(run.base):
         ref_logprobs = score(run.reference, pieces, rewards) # (B,)
-        base_logprobs = ref_logprobs
-        if run.base is not run.reference:
-            base_logprobs = score(run.base, pieces, rewards)
+        base_logprobs = ref_logprobs if run.base is run.reference else score(run.base, pieces, rewards)
     batch.seconds['reference'] = time.monotonic() - started
 
     if run.other: # another algorithm has its advantages in the place of r - V*
@@ -343,9 +330,8 @@ def policy_step(run):
             else:
                 loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2)
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
-            loss = loss * weight
             # backward
-            run.scaler.scale(loss).backward()
+            run.scaler.scale(loss * weight).backward()
         grad_norm = optimizer_step(run) # clips, steps, clears
         if max_step_kl:
             step_kl = bound_step(run, before, pieces, old_logprobs)
@@ -415,11 +401,9 @@ def step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values):
         reward=batch.reward, accuracy=batch.correct, formatted=batch.formatted,
         truncated=batch.truncated, length=batch.length, kl=logprobs - ref_logprobs,
         base_kl=logprobs - base_logprobs, entropy=-logprobs / batch.length, value=values,
-        value_zero=(values < 1e-6).float(), residual=error, residual_std=error.square())
+        value_zero=(values < 1e-6).float(), residual=error)
     means = all_reduce(torch.stack(list(columns.values())).mean(1) / world_size).tolist()
-    metrics = dict(zip(columns, means))
-    variance = metrics['residual_std'] - metrics['residual'] ** 2
-    return metrics | dict(residual_std=math.sqrt(max(0, variance)))
+    return dict(zip(columns, means), residual_std=float(np.std(gather_lists(error.tolist()))))
 
 
 def score(model, pieces, like):
@@ -436,7 +420,7 @@ def pieces_of(model, tokens, mask):
     FSDP would hang."""
     packed = packs(model, tokens)
     pieces = micro_batches(mask, micro_batch_tokens, packed=packed)
-    most = int(all_reduce(len(pieces), dist.ReduceOp.MAX))
+    most = max(gather_lists([len(pieces)]))
     if len(pieces) < most:
         pieces = micro_batches(mask, micro_batch_tokens, most, packed)
     return [(rows, *trim(tokens[rows], mask[rows])) for rows in pieces]
@@ -448,12 +432,12 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
     all ranks. Sampling takes longest, so a signal to stop interrupts it."""
     copy_weights(run.model, run.rollout_model)
     result, name = [], {STAGE1: 'stage 1', TRAIN: 'stage 2', EVAL: 'evaluation'}[stream]
-    with contextlib.suppress(Stopped), on_device(run.rollout_model):
+    with contextlib.suppress(KeyboardInterrupt), on_device(run.rollout_model):
         if problems: # there may be more ranks than held-out problems
             result = function(
                 run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat,
                 first=first, max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
-                watch=watch_signals, progress=lambda line: print0(f'{name}: {line}'))
+                watch=lambda tokens: watch_signals(run), progress=lambda line: print0(f'{name}: {line}'))
     leave_if_asked(run)
     return result
 
@@ -462,8 +446,7 @@ def answers(run, problems, at_temperature, repeat=1):
     """Let the ranks share these problems. Returns the graded responses of all of them, as
     sample.evaluate."""
     mine = share(len(problems))
-    first = mine.start * repeat
-    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, first, at_temperature, repeat)
+    rows = rollout(run, evaluate, [problems[i] for i in mine], EVAL, mine.start * repeat, at_temperature, repeat)
     return gather_lists(rows)
 
 
@@ -506,7 +489,7 @@ def log_evaluation(run, when, one_in=1):
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}, "
            f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
            f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
-    if run.evaluated != run.step or run.step == 0: # a finished run that is resumed has it in its logs
+    if run.evaluated != run.step: # a finished run that is resumed has it in its logs
         record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
         for row in rows[::repeat][:8]:
             record(run, 'samples.jsonl', dict(step=run.step, **row))
@@ -758,11 +741,11 @@ def share(count):
     return range(rank * count // world_size, (rank + 1) * count // world_size)
 
 
-def all_reduce(x, operation=dist.ReduceOp.SUM):
-    """Return the sum (or MAX) over the ranks of a tensor or number, as a tensor."""
+def all_reduce(x):
+    """Return the sum over the ranks of a tensor or number, as a tensor."""
     x = torch.as_tensor(x, device=device).clone()
     if world_size > 1:
-        dist.all_reduce(x, operation)
+        dist.all_reduce(x)
     return x
 
 
@@ -813,8 +796,7 @@ def configure(argv):
     pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
     if 'num_examples' in given and not pretrained:
         fail("--num_examples is for pretrained weights: other models are not asked in words")
-    device = given.get('device', stored['device'] if resuming else 'auto')
-    device = pick_device(device, os.environ.get('LOCAL_RANK') or '0')
+    device = pick_device(given.get('device', stored['device'] if resuming else 'auto'))
     if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
         fits |= GPU
     if checkpoint:
@@ -927,7 +909,7 @@ def open_start(start, folder):
     if start == 'scratch':
         return None
     if start != 'resume':
-        return open_model(start)
+        return open_model(find_checkpoint(start))
     if not checkpoints(folder):
         fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
              "with another --out_dir if the folder is there")
@@ -986,7 +968,7 @@ def save_checkpoint(run, final=False):
     if not final:
         checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
             optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
-            scaler=run.scaler.state_dict(), stage1_values=run.stage1_values,
+            scaler=run.scaler.state_dict(), stage1_values=run.stage1_values, seconds=run.seconds,
             reference=None if run.reference is None else run.reference.state_dict(),
             base=None if run.base is run.reference else run.base.state_dict())
     if rank:
@@ -1012,16 +994,18 @@ def restore(run, checkpoint):
     warm = checkpoint['reference'] is None # still in the warm-up
     # These settings have taken effect already.
     settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', 'num_train_samples', 'warmup_muon_learning_rate']
-    settled += parameters(type(run.task)).keys() | ([] if warm else ['warmup_steps', 'algorithm'])
+    settled += [*parameters(type(run.task)), *([] if warm else ['warmup_steps', 'algorithm'])]
     for name in settled:
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
-        if now != before:
+        same = os.path.basename if name in PATHS else str # the file of a task may have moved
+        if same(now) != same(before):
             fail(f"--{name}={now} comes too late: this run has {name}={before}")
     name, taken = ('warmup_steps', checkpoint['step']) if warm else ('max_steps', checkpoint['step'] - warmup_steps)
     if run.settings[name] < taken:
         fail(f"--{name}={run.settings[name]} comes too late: this run has taken {taken} steps")
     for name in PLAIN:
         setattr(run, name, checkpoint[name])
+    run.started -= checkpoint['seconds']
     if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
@@ -1033,14 +1017,11 @@ def restore(run, checkpoint):
         for i, entries in state.items(): # set one by one, so that no rank holds them whole
             optimizer.state[params[i]] = {name: shard(value, params[i]) for name, value in entries.items()}
     run.scaler.load_state_dict(checkpoint['scaler'])
-    for name, size in zip(LOGS, checkpoint['logged']):
-        if rank == 0 and os.path.exists(os.path.join(out_dir, name)):
-            log = os.path.join(out_dir, name)
-            held = os.path.getsize(log)
-            os.truncate(log, min(size, held)) # what came later is logged again
-            if held < size: # its end was lost: what is left of a line is no row
-                with open(log, 'a') as file:
-                    file.write('\n')
+    for name, size in zip(LOGS, checkpoint['logged'] if rank == 0 else []):
+        with open(os.path.join(out_dir, name), 'a') as log:
+            if log.tell() < size: # its end was lost: what is left of a line is no row
+                log.write('\n')
+            log.truncate(min(size, log.tell())) # what came later is logged again
     print0(f"resuming at step {run.step}")
 
 
@@ -1054,15 +1035,12 @@ def checkpoint_if_due(run):
 # --------------------------------------------------------------------------------------------------
 # Signals and records
 
-def catch_signals():
+def catch_signals(run):
     """Let Ctrl-C, a terminal that closes, and what clusters send before they end a job save the run
     and leave. A signal that is ignored, as under nohup, stays ignored; the same one a second time
     ends the run at once."""
-    global stop_signal
-    stop_signal = 0
     def request_stop(number, frame):
-        global stop_signal
-        stop_signal = number
+        run.stopping = True
         signal.signal(number, signal.SIG_DFL)
         with contextlib.suppress(OSError): # print is not safe here
             os.write(1, b'stopping after this step ...\n' if rank == 0 else b'')
@@ -1072,27 +1050,26 @@ def catch_signals():
             signal.signal(number, request_stop)
 
 
-def watch_signals(tokens):
+def watch_signals(run):
     """Leave the sampling when a signal asked for that: generate calls it after each token."""
-    if stop_signal:
-        raise Stopped
+    if run.stopping:
+        raise KeyboardInterrupt
 
 
 def leave_if_asked(run):
     """Save the finished steps and end when a signal asked any rank to stop."""
-    if all_reduce(stop_signal).item() == 0: # every rank must come to the same decision
+    if not all_reduce(int(run.stopping)): # every rank must come to the same decision
         return
     save_checkpoint(run)
     all_reduce(0).item() # rank 0 has written: torchrun may kill it when the others leave
     fail(f"stopped by a signal at step {run.step}; continue with --init_from=resume "
-         f"--out_dir={shlex.quote(out_dir)}{files_of_code('task', 'algorithm')}")
+         f"--out_dir={shlex.quote(out_dir)}{files_of_code(task=task, algorithm=algorithm)}")
 
 
-def files_of_code(*names):
+def files_of_code(**files):
     """Return the arguments by which a command finds this run's task or algorithm, where that is a
     file."""
-    files = dict(task=task, algorithm=algorithm)
-    return ''.join(f' --{name}={shlex.quote(files[name])}' for name in names if files[name].endswith('.py'))
+    return ''.join(f' --{name}={shlex.quote(file)}' for name, file in files.items() if file.endswith('.py'))
 
 
 def report(run, phase, metrics, every=1):
@@ -1172,8 +1149,6 @@ def finish(run):
     """Leave the final evaluation, model and summary."""
     minutes = run.seconds / 60
     result = log_evaluation(run, 'at the end')
-    if run.warmup_accuracy is None:
-        run.warmup_accuracy = result['accuracy']
     save_checkpoint(run)
     save_checkpoint(run, final=True)
     if rank:
@@ -1182,10 +1157,11 @@ def finish(run):
     rows = read_log(os.path.join(out_dir, LOGS[0]))
     steps = [row for row in rows if 'seconds_rollout' in row]
     evaluations = [[row['step'], row['seconds'], row['accuracy']] for row in rows if row['phase'] == 'evaluation']
+    after_warmup = next((accuracy for step, _, accuracy in evaluations if step >= warmup_steps), result['accuracy'])
     git = subprocess.run('git rev-parse HEAD', shell=True, cwd=os.path.dirname(os.path.abspath(__file__)),
                          capture_output=True, text=True) # through the shell, because there may be no git
     summary = dict(
-        task=task, **result, accuracy_after_warmup=run.warmup_accuracy, parameters=run.model.num_params(),
+        task=task, **result, accuracy_after_warmup=after_warmup, parameters=run.model.num_params(),
         steps=run.step, seconds=round(60 * minutes, 1), device=device, ranks=world_size, settings=run.settings,
         **{f'seconds_{part}': round(sum(row[f'seconds_{part}'] for row in steps), 1) for part in PARTS},
         evaluations=evaluations, threads=torch.get_num_threads(), **machine(), git_commit=git.stdout.strip() or None,
@@ -1194,22 +1170,19 @@ def finish(run):
         json.dump(summary, file, indent=2)
     if run.best[0] > result['accuracy'] + 0.03:
         print0(f"the best evaluation was {run.best[0]:.3f}: checkpoint_step_{run.best[1]}.pt is kept")
-    print0(f"{minutes:.1f} minutes; accuracy {run.warmup_accuracy:.3f} after the warm-up, "
+    print0(f"{minutes:.1f} minutes; accuracy {after_warmup:.3f} after the warm-up, "
            f"{result['accuracy']:.3f} at the end. See {out_dir}; now try: python sample.py "
-           f"--checkpoint={shlex.quote(out_dir)}{files_of_code('task')}")
+           f"--checkpoint={shlex.quote(out_dir)}{files_of_code(task=task)}")
 
 
 def machine():
     """Name the machine, and measure how many GFLOP/s it computes in a matrix multiply, of float32 on
     a CPU and of TF32 on a GPU."""
-    x, times = torch.randn(1024, 1024, device=device), []
-    for _ in range(4):
-        started = time.monotonic()
-        (x @ x)[0, 0].item() # waits for a GPU
-        times.append(time.monotonic() - started)
+    x = torch.randn(1024, 1024, device=device)
+    seconds = min(timeit.repeat(lambda: (x @ x)[0, 0].item(), number=1, repeat=4)) # item waits for a GPU
     cpu = f'{platform.machine()} CPU, {torch.backends.cpu.get_cpu_capability()}'
     name = torch.cuda.get_device_name() if device.startswith('cuda') else cpu
-    return dict(machine=name, gflops=round(2 * 1024 ** 3 / min(times) / 1e9))
+    return dict(machine=name, gflops=round(2 * 1024 ** 3 / seconds / 1e9))
 
 
 def print0(*words, **options):
