@@ -1972,8 +1972,6 @@ def test_a_run_without_a_policy_step_is_resumed_though_its_task_has_moved(main, 
     rows = len(metrics(out))
     main('--init_from=resume', f'--task={moved}', f'--out_dir={out}')
     assert len(metrics(out)) == rows, "a finished run logs nothing twice"
-    main('--init_from=resume', f'--task={moved}', f'--out_dir={out}', '--warmup_steps=3')
-    assert len(metrics(out)) > rows
 
 
 @slow
