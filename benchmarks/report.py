@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [top, os.path.join(top, 'benchmarks')]
-from algorithms import ALGORITHMS, fresh_runs, rates_table, table as algorithms_table, trials_of
+from algorithms import ALGORITHMS, fresh_runs, rates_of, rates_table, records, table as algorithms_table, trials_of
 from sample import read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results')
@@ -67,8 +67,8 @@ ROWS = {
 HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262} # by the number of seeds
 PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'steps_equal', 'updates', 'commits',
-           'commits_smollm2', 'decoding', 'growth', 'plan']
-PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'algorithms', *PRINTED]}
+           'commits_smollm2', 'decoding', 'decoding_gpu', 'execution', 'responses', 'growth', 'plan']
+PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'epsilon', 'algorithms', *PRINTED]}
 
 
 def main():
@@ -248,6 +248,18 @@ def comparison():
     return algorithms_table(runs, baseline='GRPO') + '\n\n' + rates_table(trials, ALGORITHMS)
 
 
+def epsilon():
+    rows, trials = [], trials_of(ALGORITHMS)
+    for name, eps in (('A*PO, plain AdamW', '1e-8'), ('A*PO', '1e-2')):
+        for rate in rates_of(ALGORITHMS[name]):
+            found = records(trials[name, rate])
+            on_the_way = [[point[2] for point in record['evaluations']] for record in found] # every 8 steps
+            columns = [[points[1] for points in on_the_way], [points[2] for points in on_the_way],
+                       [record['accuracy'] for record in found]]
+            rows.append([eps, rate, *(', '.join(map(percent, column)) for column in columns)])
+    return table(['epsilon', 'rate', 'after 8 steps', 'after 16', 'at the end'], rows)
+
+
 def draw():
     """Draw the accuracy of the countdown runs against minutes."""
     figure = Figure(figsize=(8, 3.6), layout='constrained')
@@ -269,7 +281,7 @@ def draw():
     figure.savefig(os.path.join(top, 'assets', 'countdown.png'), dpi=110)
 
 
-TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, steady=steady, algorithms=comparison)
+TABLES = dict(summary=summary, runs=every_run, difficulty=difficulty, steady=steady, epsilon=epsilon, algorithms=comparison)
 
 
 if __name__ == '__main__':
