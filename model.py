@@ -53,14 +53,6 @@ class ModelConfig:
             raise ValueError(f"rotary positions turn pairs of features, so head_dim={self.head_dim} must be even")
 
 
-# Named sizes besides train.py's default. The published configuration is advertised as 50M; with
-# SwiGLU's three matrices it is 201M.
-SIZES = {
-    '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=2, d_ff=2048),
-    'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096),
-}
-
-
 class KVCache:
     """Keys and values of every layer for the positions seen so far, allocated once: (n_layers, B,
     n_kv_heads, max_len, head_dim). All rows are at the same position (see generate)."""

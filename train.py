@@ -40,8 +40,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from apo import (
     ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
-from model import (
-    SIZES, ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim)
+from model import ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, find_checkpoint, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
@@ -108,10 +107,12 @@ CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker
 # head's gradient overflows.
 LEAST = dict(seed=0, fold=0, num_examples=0, warmup_steps=0, warmup_muon_learning_rate=0, max_steps=0, max_step_kl=0,
              ref_update_interval=0, eval_temperature=0, keep_checkpoints=0, beta1=0.03, num_responses_per_prompt=2)
+MODEL = ('d_model', 'n_layers', 'n_heads', 'n_kv_heads', 'd_ff') # a checkpoint fixes these
 # What fits a GPU.
 GPU = dict(
-    **SIZES['50m'], warmup_steps=1000, warmup_batch_size=256, max_steps=96, batch_size=1024, num_train_samples=256,
-    learning_rate=4e-4, adam_eps=1e-8, eval_interval=20, micro_batch_tokens=32768)
+    d_model=512, n_layers=12, n_heads=8, n_kv_heads=2, d_ff=2048, warmup_steps=1000, warmup_batch_size=256,
+    max_steps=96, batch_size=1024, num_train_samples=256, learning_rate=4e-4, adam_eps=1e-8, eval_interval=20,
+    micro_batch_tokens=32768)
 # What fits pretrained weights on a GPU: small pieces, which leave room for the 150,000 logits of a
 # token. On a laptop a response takes a second.
 PRETRAINED = dict(
@@ -804,7 +805,7 @@ def configure(argv):
             fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
         kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
         fits |= dict(warmup_steps=0) | {setting: stored[setting] for setting in kept}
-        fits |= {setting: checkpoint['config'][setting] for setting in SIZES['50m']}
+        fits |= {setting: checkpoint['config'][setting] for setting in MODEL}
     if resuming:
         fits = stored
     settings = defaults | fits | given | dict(device=device)
@@ -849,7 +850,7 @@ def check_settings(settings, checkpoint, kind):
         value = settings[name]
         if type(default) in (int, float) and not (least <= value < 2 ** 31 and (value or name in LEAST)):
             fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'} and below 2^31, not {value}")
-    for name in SIZES['50m'] if checkpoint else ():
+    for name in MODEL if checkpoint else ():
         if settings[name] != checkpoint['config'][name]:
             fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
                  f"which has {checkpoint['config'][name]}")
