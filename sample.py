@@ -15,7 +15,6 @@ one place where rewards are decided. Everything takes its settings as arguments.
 """
 import argparse
 import contextlib
-import dataclasses
 import difflib
 import functools
 import glob
@@ -344,7 +343,7 @@ def load(checkpoint, name, device='auto', task_name='', words=()):
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
-        config = ModelConfig(**checkpoint['config'])
+        config = checkpoint['config']
         if isinstance(tokenizer, Tokenizer): # the positions of our own models may grow
             config.max_seq_len = max(config.max_seq_len, task.longest_prompt + checkpoint['settings']['max_new_tokens'])
         model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
@@ -455,8 +454,8 @@ def open_model(path):
             from huggingface_hub import snapshot_download
             folder = snapshot_download(path, allow_patterns=['*.json', '*.jinja', 'model*.safetensors'])
     with one_line(path):
-        config = dataclasses.asdict(read_config(folder))
-        return dict(folder=folder, config=config, tokenizer=tokenizer_files(folder), settings={}, task='', step=0)
+        return dict(folder=folder, config=read_config(folder), tokenizer=tokenizer_files(folder), settings={}, task='',
+                    step=0)
 
 
 def load_checkpoint(path, needed=()):
@@ -471,7 +470,7 @@ def load_checkpoint(path, needed=()):
             raise ValueError(f"it does not say {FORMAT!r}")
         if missing := {'task', 'step', 'settings', 'config', 'tokenizer', 'model', *needed} - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
-        return checkpoint
+        return checkpoint | dict(config=ModelConfig(**checkpoint['config']), settings=dict(checkpoint['settings']))
 
 
 def find_checkpoint(path):

@@ -1999,6 +1999,7 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
 
 @pytest.mark.parametrize('change, words', [
     (dict(task=None), 'it lacks task'), (dict(config=dict(vocab_size=3)), 'cannot use it'),
+    (dict(config=[3]), 'cannot use .*it.pt as a checkpoint'), (dict(settings=3), 'cannot use .*it.pt as a checkpoint'),
     (dict(model={}), 'cannot use it'), (dict(settings={}, tokenizer=['<eos>']), 'is not that of the task')])
 def test_checkpoints_made_by_hand_are_refused_in_one_line(trained, tmp_path, change, words):
     content = weights(f'{trained}/tinyzero_astarpo_final.pt') | change
@@ -2006,6 +2007,9 @@ def test_checkpoints_made_by_hand_are_refused_in_one_line(trained, tmp_path, cha
     with pytest.raises(SystemExit, match=words) as error:
         sample.load(sample.load_checkpoint(tmp_path / 'it.pt'), 'it', 'cpu')
     assert '\n' not in error.value.code
+    with pytest.raises(SystemExit) as error:
+        started(f'--init_from={tmp_path}/it.pt', f'--out_dir={tmp_path}/new', '--device=cpu')
+    assert 'it.pt' in error.value.code and '\n' not in error.value.code
 
 
 def test_metrics_also_go_to_a_tracker_and_a_resumed_run_keeps_its_id(main, tmp_path, monkeypatch):

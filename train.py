@@ -520,7 +520,7 @@ def build(settings, checkpoint):
     with one_line('these settings', ValueError, TypeError, AttributeError):
         # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
         # hardly turn.
-        config = ModelConfig(**checkpoint['config']) if checkpoint else ModelConfig(
+        config = checkpoint['config'] if checkpoint else ModelConfig(
             len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, rope_theta=1e3, qk_norm=True)
         if not pretrained: # the positions of our own models may grow
             config.max_seq_len = max(config.max_seq_len, puzzles.longest_prompt + max_new_tokens)
@@ -805,7 +805,7 @@ def configure(argv):
             fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
         kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
         fits |= dict(warmup_steps=0) | {setting: stored[setting] for setting in kept}
-        fits |= {setting: checkpoint['config'][setting] for setting in MODEL}
+        fits |= {setting: getattr(checkpoint['config'], setting) for setting in MODEL}
     if resuming:
         fits = stored
     settings = defaults | fits | given | dict(device=device)
@@ -851,9 +851,9 @@ def check_settings(settings, checkpoint, kind):
         if type(default) in (int, float) and not (least <= value < 2 ** 31 and (value or name in LEAST)):
             fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'} and below 2^31, not {value}")
     for name in MODEL if checkpoint else ():
-        if settings[name] != checkpoint['config'][name]:
-            fail(f"--{name}={settings[name]} does not fit the checkpoint's model, "
-                 f"which has {checkpoint['config'][name]}")
+        has = getattr(checkpoint['config'], name)
+        if settings[name] != has:
+            fail(f"--{name}={settings[name]} does not fit the checkpoint's model, which has {has}")
     other = find_algorithm(settings['algorithm'])
     units = dict(batch_size=world_size * responses_per_prompt(other))
     if settings['warmup_steps']:
