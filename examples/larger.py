@@ -12,7 +12,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, Countdown, Term
 
 class Larger(Countdown):
     # Within 800 tokens a third of the responses to five numbers would not end.
-    defaults = dict(warmup_steps=8000, max_steps=160, max_new_tokens=1200)
+    defaults = dict(warmup_steps=8000, max_steps=64, max_new_tokens=1200)
 
     def __init__(self,
                  min_numbers=3, # how many numbers at least

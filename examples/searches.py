@@ -16,7 +16,7 @@ ORDERS = { # by the first line of a response: what the joins are sorted by
 
 
 class Searches(Countdown):
-    defaults = dict(warmup_steps=4000, max_new_tokens=200, max_steps=192)
+    defaults = dict(warmup_steps=4000, max_new_tokens=200, max_steps=64)
 
     def __init__(self,
                  longest=0, # demonstrate a search of fewer tokens where there is one: imitation with a verifier; 0: any
