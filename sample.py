@@ -25,6 +25,7 @@ import os
 import re
 import sys
 import time
+import traceback
 import zipfile
 from typing import NamedTuple
 
@@ -357,7 +358,8 @@ def trusted(name, stored, given, option):
     """Return the name of a task or algorithm, given on the command line or else stored in the
     checkpoint `name`, which must not choose what code runs: a file has to be given."""
     if stored.endswith('.py') and not given:
-        fail(f"a checkpoint must not choose what code runs, and {name} names a file: add {option}={stored}")
+        fail(f"a checkpoint must not choose what code runs, and {name} names a file: add {option}={stored}, or give "
+             "another --checkpoint")
     return given or stored
 
 
@@ -437,7 +439,8 @@ def make_tokenizer(state, task, name, num_examples):
         fail(f"{name} is asked in words, but the task {type(task).__name__} has no `question`")
     if not pretrained and tokenizer.tokens != task.tokens:
         fail(f"the vocabulary of {name} ({len(tokenizer.tokens)} tokens) is not that of the task with these settings "
-             f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with")
+             f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with, or another "
+             "--checkpoint")
     return tokenizer
 
 
@@ -514,15 +517,18 @@ def pick_dtype(device):
 
 @contextlib.contextmanager
 def one_line(name, *kinds):
-    """Turn what goes wrong in here into one line. Other people's files and packages raise anything,
-    so all exceptions count where no kinds are given."""
+    """Turn what goes wrong in here into one line, which names the place where the code itself is
+    wrong. Other people's files and packages raise anything, so all exceptions count where no kinds
+    are given."""
     try:
         yield
     except ModuleNotFoundError as error:
         fail(f"{name} needs a package that is not installed: pip install {error.name.partition('.')[0]}")
     except kinds or Exception as error:
         message = ' '.join(str(error).split()).partition('. ')[0][:300]
-        fail(f"cannot use {name}: {message} ({type(error).__name__})")
+        place = traceback.extract_tb(error.__traceback__)[-1]
+        at = '' if isinstance(error, (ValueError, OSError)) else f' in line {place.lineno} of {place.filename}'
+        fail(f"cannot use {name}: {message} ({type(error).__name__}{at})")
 
 
 def run_script(main, lower):

@@ -37,6 +37,8 @@ class Tokenizer:
     def __init__(self, tokens):
         self.state = self.tokens = list(tokens) # `state` is plain data that travels in a checkpoint
         self.ids = {token: i for i, token in enumerate(self.tokens)}
+        if not {*TAGS} <= self.ids.keys():
+            raise ValueError("a vocabulary must hold TAGS, as in `tokens = TAGS + list('0123456789')`")
         self.ends = [self.ids[EOS]] # the tokens that end a response; the first one ends demonstrations
         self.whole_numbers = '10' in self.ids
         words = sorted((re.escape(t) for t in self.tokens if not t.isdigit()), key=len, reverse=True)
@@ -183,9 +185,9 @@ class Task:
     fold = 0 # which tenth of the problems is held out, 0 to 9
 
     def canonical(self, problem):
-        """Return a text that is equal for the same puzzle written differently; a problem that is a
-        text is that."""
-        return problem
+        """Return a text that is equal for the same puzzle written differently; without a method of
+        its own, a task has but one way to write each."""
+        return str(problem)
 
     def difficulty(self, problem):
         """Return the group of problems that accuracy is reported by."""
@@ -250,7 +252,7 @@ def match_typed(pattern, text, example):
     """Match a problem that a person typed. Raises ValueError with an example of one."""
     if match := re.fullmatch(pattern, text.strip()):
         return match
-    raise ValueError(f"{text.strip()[:80]!r} is no problem of this task; write it like {example!r}")
+    raise ValueError(f"{text.strip()[:80]!r} cannot be read as a problem of this task; write it like {example!r}")
 
 
 # --------------------------------------------------------------------------------------------------

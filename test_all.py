@@ -1442,8 +1442,10 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
 
 @pytest.mark.parametrize('body, words', [
     ("defaults = dict(max_step=3)", "did you mean --max_steps?"),
-    ("solution = None", "cannot use these settings: .*TypeError"),
-    ("def solution(self, problem): return self.truth", "has no attribute 'truth'"),
+    ("solution = None", "cannot use --task=.*mine.py with these settings: .*TypeError in line .*py"),
+    ("def solution(self, problem): return self.truth", "has no attribute 'truth' .*in line 5 of .*mine.py"),
+    ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
+    ("tokens = property(lambda self: list('012'), lambda self, value: None)", "mine.py: a vocabulary must hold TAGS"),
     ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'",
      "not one of 20 demonstrations is right")])
 def test_a_mistake_in_a_task_of_ones_own_gets_one_clear_line_before_training(main, tmp_path, body, words):
@@ -1966,6 +1968,13 @@ def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, cap
         main('--init_from=resume', f'--out_dir={out}', '--max_steps=3')
 
 
+def test_a_start_says_how_many_demonstrations_are_right_and_cut_off(capsys, tmp_path):
+    started(*TINY, f'--out_dir={tmp_path}')
+    assert 'of 20 demonstrations 20 are right, 0 are cut off at --max_new_tokens=32' in capsys.readouterr().out
+    started(*TINY, '--max_new_tokens=8', f'--out_dir={tmp_path}')
+    assert re.search('right, [1-9][0-9]? are cut off at --max_new_tokens=8', capsys.readouterr().out)
+
+
 def test_a_run_without_a_policy_step_is_resumed_though_its_task_has_moved(main, tmp_path):
     out, moved = f'{tmp_path}/run', shutil.copy(f'{HERE}/examples/sorting.py', tmp_path)
     main(f'--task={HERE}/examples/sorting.py', *TINY[2:], '--warmup_steps=2', '--max_steps=0', f'--out_dir={out}')
@@ -2000,7 +2009,7 @@ def test_a_reader_that_leaves_does_not_end_a_run(tmp_path):
 @pytest.mark.parametrize('change, words', [
     (dict(task=None), 'it lacks task'), (dict(config=dict(vocab_size=3)), 'cannot use it'),
     (dict(config=[3]), 'cannot use .*it.pt as a checkpoint'), (dict(settings=3), 'cannot use .*it.pt as a checkpoint'),
-    (dict(model={}), 'cannot use it'), (dict(settings={}, tokenizer=['<eos>']), 'is not that of the task')])
+    (dict(model={}), 'cannot use it'), (dict(settings={}, tokenizer=['<eos>']), 'must hold TAGS')])
 def test_checkpoints_made_by_hand_are_refused_in_one_line(trained, tmp_path, change, words):
     content = weights(f'{trained}/tinyzero_astarpo_final.pt') | change
     torch.save({name: value for name, value in content.items() if value is not None}, tmp_path / 'it.pt')

@@ -45,7 +45,7 @@ from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, find_checkpoint, held_out_problems, load_checkpoint,
     make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
     read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
-from tasks import TASKS, PretrainedTokenizer
+from tasks import TASKS, Grade, PretrainedTokenizer
 
 # ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
@@ -166,7 +166,7 @@ def main():
     del start # or the file of its checkpoint would take disk space until the run ends
     open_tracker(run)
     catch_signals(run)
-    print0(f"{run.model.num_params():,} parameters, {run.model.config.vocab_size} tokens")
+    print0(f"{run.model.num_params():,} parameters, a vocabulary of {run.model.config.vocab_size} tokens")
     if isinstance(run.tokenizer, PretrainedTokenizer) and run.step == 0:
         look(run)
 
@@ -254,8 +254,8 @@ def estimate_values(run):
            f"{unsolved:.1%} of the prompts never solved")
     if unsolved == 1:
         cut_off = all_reduce(batch.truncated.mean()).item() / world_size
-        fail(f"every reward of stage 1 is zero, {cut_off:.0%} of the responses were cut off at "
-             f"--max_new_tokens={max_new_tokens}: give more --warmup_steps, or make the task easier "
+        fail(f"every reward of stage 1 is zero, {cut_off:.0%} of the responses were cut off: give more --warmup_steps, "
+             f"raise --max_new_tokens above {max_new_tokens} where many were, or make the task easier "
              f"({parameters_of(run)})")
     features = prompt_features(run, batch.tokens[::N], batch.mask[::N])
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
@@ -516,8 +516,8 @@ def build(settings, checkpoint):
     pretrained = isinstance(state, dict)
     if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
-    tokenizer = make_tokenizer(state, puzzles, init_from, num_examples)
-    with one_line('these settings', ValueError, TypeError, AttributeError):
+    tokenizer = make_tokenizer(state, puzzles, init_from if checkpoint else f'--task={task}', num_examples)
+    with one_line(f'--task={task} with these settings', ValueError, TypeError, AttributeError):
         # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
         # hardly turn.
         config = checkpoint['config'] if checkpoint else ModelConfig(
@@ -555,17 +555,24 @@ def try_problems(puzzles, tokenizer, config):
     """Try whether there are problems of both splits, whether the vocabulary and the model can take
     them, and whether the verifier accepts demonstrations. Raises ValueError that says what is
     wrong."""
-    used, longest, right = {*tokenizer.ends}, puzzles.longest_prompt, 0
+    used, longest, right, cut = {*tokenizer.ends}, puzzles.longest_prompt, 0, 0
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
         prompt = tokenizer.encode(tokenizer.prompt(puzzles, problem))
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
-        used.update(prompt + tokenizer.encode(text))
+        response = tokenizer.encode(text)
+        used.update(prompt + response)
         longest = max(longest, len(prompt))
-        right += puzzles.grade(problem, text).correct # a task without a verifier fails here, not after its warm-up
+        cut += len(response) >= max_new_tokens # with its end-of-sequence
+        grade = puzzles.grade(problem, text) # a task without a verifier fails here, not after its warm-up
+        if not isinstance(grade, Grade):
+            raise ValueError(f"`grade` must return a Grade(reward, correct, formatted), not {grade!r}")
+        right += grade.correct
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
+    if warmup_steps and init_from != 'resume':
+        print0(f"of 20 demonstrations {right} are right, {cut} are cut off at --max_new_tokens={max_new_tokens}")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
@@ -818,7 +825,7 @@ def configure(argv):
            f"{world_size} rank(s), torch {torch.__version__}")
     chosen = [f'{setting}={value}' for setting, value in fits.items() if setting not in given]
     if chosen and not resuming:
-        print0('chosen for this task, machine or start:', ', '.join(chosen))
+        print0('taken from the task, the machine or --init_from:', ', '.join(chosen))
     return settings, checkpoint
 
 
@@ -1119,7 +1126,8 @@ def advise(run, advice):
 
 def parameters_of(run):
     """Return, for a message, the settings of this run's task."""
-    return ', '.join(f'--{name}={run.settings[name]}' for name in parameters(type(run.task))) or 'it has no settings'
+    own = ', '.join(f'--{name}={run.settings[name]}' for name in parameters(type(run.task)))
+    return f'now {own}' if own else 'it has no settings'
 
 
 def record(run, name, row):

@@ -12,6 +12,7 @@ from tasks import ANSWER, END_ANSWER, END_THINK, TAGS, THINK, WRONG, Grade, Task
 class Sorting(Task):
     """Sort numbers. A problem is a tuple of them; it could be anything that the methods below understand."""
     # What train.py uses where the command line says nothing else; what is not here has the same default in all tasks.
+    # max_new_tokens has to be enough for the longest demonstration: the start says how many are cut off.
     defaults = dict(warmup_steps=600, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
     # Each argument is a setting of train.py, such as --max_number=20 here. `train.py --help` prints its default and its
