@@ -526,8 +526,10 @@ def one_line(name, *kinds):
         fail(f"{name} needs a package that is not installed: pip install {error.name.partition('.')[0]}")
     except kinds or Exception as error:
         message = ' '.join(str(error).split()).partition('. ')[0][:300]
-        place = traceback.extract_tb(error.__traceback__)[-1]
-        at = '' if isinstance(error, (ValueError, OSError)) else f' in line {place.lineno} of {place.filename}'
+        at = ''
+        if isinstance(error, (AttributeError, NameError, TypeError)): # the code is wrong, of a task for example
+            place = traceback.extract_tb(error.__traceback__)[-1]
+            at = f' in line {place.lineno} of {place.filename}'
         fail(f"cannot use {name}: {message} ({type(error).__name__}{at})")
 
 

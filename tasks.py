@@ -185,9 +185,11 @@ class Task:
     fold = 0 # which tenth of the problems is held out, 0 to 9
 
     def canonical(self, problem):
-        """Return a text that is equal for the same puzzle written differently; without a method of
-        its own, a task has but one way to write each."""
-        return str(problem)
+        """Return a text that is equal for the same puzzle written differently; a problem that is a
+        text is that. Raises ValueError for another."""
+        if not isinstance(problem, str):
+            raise ValueError(f"{problem!r} is no text, so {type(self).__name__} needs a method `canonical`")
+        return problem
 
     def difficulty(self, problem):
         """Return the group of problems that accuracy is reported by."""

@@ -1445,6 +1445,7 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("solution = None", "cannot use --task=.*mine.py with these settings: .*TypeError in line .*py"),
     ("def solution(self, problem): return self.truth", "has no attribute 'truth' .*in line 5 of .*mine.py"),
     ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
+    ("def problem(self, rng): return (1, 2)", r"\(1, 2\) is no text, so Mine needs a method `canonical`"),
     ("tokens = property(lambda self: list('012'), lambda self, value: None)", "mine.py: a vocabulary must hold TAGS"),
     ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'",
      "not one of 20 demonstrations is right")])
