@@ -6,9 +6,9 @@ See what a trained model does.
     python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
-Takes the newest run under out/, one that came to its end before one that did not, else assets/countdown_trained.pt;
---checkpoint=PATH names another, a file, the folder of a run, or pretrained weights, which need a --task=. The settings
-of the task can be given too, such as --max_factor=40.
+Takes the newest run under out/ (with --task=examples/grid.py first that in out/grid), one that came to its end before
+one that did not, else assets/countdown_trained.pt; --checkpoint=PATH names another, a file, the folder of a run, or
+pretrained weights, which need a --task=. The settings of the task can be given too, such as --max_factor=40.
 
 Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
 one place where rewards are decided. Everything takes its settings as arguments.
@@ -162,7 +162,7 @@ def main():
         with one_line('--plot'):
             plot_runs(args.plot, args.output)
         return print(f'wrote {args.output}')
-    path = find_checkpoint(args.checkpoint)
+    path = find_checkpoint(args.checkpoint, args.task)
     checkpoint = open_model(path)
     given = {name: getattr(args, name) for name in UNTRAINED if getattr(args, name) is not None}
     settings = checkpoint['settings'] = UNTRAINED | checkpoint['settings'] | given
@@ -476,12 +476,14 @@ def load_checkpoint(path, needed=()):
         return checkpoint | dict(config=ModelConfig(**checkpoint['config']), settings=dict(checkpoint['settings']))
 
 
-def find_checkpoint(path):
-    """Return the checkpoint that a path names, a file or the folder of a run; of no path the newest
-    run's, or the one in assets/."""
+def find_checkpoint(path, task_name=''):
+    """Return the checkpoint that a path names, a file or the folder of a run; of no path that of the
+    task's folder in out/, else the newest run's, or the one in assets/."""
     if path == '':
         fail("--checkpoint= names nothing")
-    path = os.path.expanduser(path or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt')
+    own = glob.escape(f"out/{os.path.basename(task_name).removesuffix('.py')}")
+    path = path or newest_model(own) or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt'
+    path = os.path.expanduser(path)
     return newest_model(glob.escape(path)) or path
 
 

@@ -1511,6 +1511,18 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
     assert sample.find_checkpoint('~/base.pt') == f'{tmp_path}/base.pt'
 
 
+def test_without_a_path_the_run_of_the_named_task_is_taken_else_the_newest(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert sample.find_checkpoint(None, 'multiplication').endswith('assets/countdown_trained.pt')
+    for age, name in enumerate(('idea', 'sorting')):
+        os.makedirs(f'out/{name}')
+        path = shutil.copy(f'{HERE}/assets/countdown_base.pt', f'out/{name}/tinyzero_astarpo_final.pt')
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert sample.find_checkpoint(None, 'examples/sorting.py') == 'out/sorting/tinyzero_astarpo_final.pt'
+    for task in ('', 'chain'):
+        assert sample.find_checkpoint(None, task) == 'out/idea/tinyzero_astarpo_final.pt'
+
+
 def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, tmp_path):
     with pytest.raises(SystemExit, match='already holds a run: .*--init_from=resume'):
         main(*TINY, f'--out_dir={trained}')
