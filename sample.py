@@ -358,8 +358,8 @@ def trusted(name, stored, given, option):
     """Return the name of a task or algorithm, given on the command line or else stored in the
     checkpoint `name`, which must not choose what code runs: a file has to be given."""
     if stored.endswith('.py') and not given:
-        fail(f"a checkpoint must not choose what code runs, and {name} names a file: add {option}={stored}, or give "
-             "another --checkpoint")
+        fail(f"a checkpoint must not choose what code runs, and {name} names a file: add {option}={stored}, or choose "
+             "another checkpoint")
     return given or stored
 
 
@@ -440,7 +440,7 @@ def make_tokenizer(state, task, name, num_examples):
     if not pretrained and tokenizer.tokens != task.tokens:
         fail(f"the vocabulary of {name} ({len(tokenizer.tokens)} tokens) is not that of the task with these settings "
              f"({len(task.tokens or [])} tokens): use the --task and the number ranges it was trained with, or another "
-             "--checkpoint")
+             "checkpoint")
     return tokenizer
 
 
@@ -481,6 +481,7 @@ def find_checkpoint(path, task_name=''):
     task's folder in out/, else the newest run's, or the one in assets/."""
     if path == '':
         fail("--checkpoint= names nothing")
+    # Where train.py puts runs of the task by default; of no task out/ itself, where none is.
     own = glob.escape(f"out/{os.path.basename(task_name).removesuffix('.py')}")
     path = path or newest_model(own) or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt'
     path = os.path.expanduser(path)

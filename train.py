@@ -179,6 +179,7 @@ def main():
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
         run.optimizers = make_optimizers(run.model, eps=adam_eps)
+
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
         if stage2_step % eval_interval == 0 and run.evaluated < run.step:
@@ -553,8 +554,8 @@ def build(settings, checkpoint):
 
 def try_problems(puzzles, tokenizer, config):
     """Try whether there are problems of both splits, whether the vocabulary and the model can take
-    them, and whether the verifier accepts demonstrations. Raises ValueError that says what is
-    wrong."""
+    them, and whether the verifier accepts demonstrations; say how many it does. Raises ValueError
+    that says what is wrong."""
     used, longest, right, cut = {*tokenizer.ends}, puzzles.longest_prompt, 0, 0
     for i in range(20):
         rng = np.random.default_rng(i)
@@ -571,14 +572,14 @@ def try_problems(puzzles, tokenizer, config):
         right += grade.correct
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
-    if warmup_steps and init_from != 'resume':
-        print0(f"of 20 demonstrations {right} are right, {cut} are cut off at --max_new_tokens={max_new_tokens}")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
     if max(used) >= config.vocab_size:
         raise ValueError(f"the tokenizer uses token {max(used)}, {tokenizer.decode([max(used)])!r}, but the model's "
                          f"embedding has {config.vocab_size} rows")
+    if warmup_steps and init_from != 'resume':
+        print0(f"of 20 demonstrations {right} are right, {cut} are cut off at --max_new_tokens={max_new_tokens}")
 
 
 def shard_blocks(model):
@@ -921,7 +922,7 @@ def open_start(start, folder):
     if not checkpoints(folder):
         fail(f"nothing to resume: {folder} holds no checkpoint; start without --init_from=resume, "
              "with another --out_dir if the folder is there")
-    return load_checkpoint(checkpoints(folder)[-1], needed=('optimizers', *PLAIN))
+    return load_checkpoint(checkpoints(folder)[-1], needed=('optimizers', 'seconds', *PLAIN))
 
 
 def find_algorithm(name):

@@ -2,7 +2,7 @@
 A*PO against the algorithms it is compared with, from the same warmed-up base and with as many sampled
 responses.
 
-    python benchmarks/algorithms.py                            # about nine hours on two cores
+    python benchmarks/algorithms.py                            # about eleven hours on two cores
     python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed

@@ -23,10 +23,11 @@ top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 from model import Decoding, ModelConfig, Transformer, generate, token_logprobs
 from sample import pick_device, pick_dtype
+from train import GPU, MODEL
 
 # The published one is advertised as 50M; with SwiGLU's three matrices it is 201M.
 MODELS = {'small': dict(d_model=128, n_layers=4, n_heads=4, n_kv_heads=2, d_ff=384),
-          '50m': dict(d_model=512, n_layers=12, n_heads=8, n_kv_heads=2, d_ff=2048),
+          '50m': {name: GPU[name] for name in MODEL},
           'published': dict(d_model=1024, n_layers=12, n_heads=16, n_kv_heads=16, d_ff=4096)}
 PROMPT, TOKENS, LENGTH = 8, 256, 256 # of a prompt, sampled, and of a response in an update
 

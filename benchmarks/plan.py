@@ -24,10 +24,11 @@ import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from model import Block, ModelConfig, Transformer
+from train import GPU, MODEL
 
 QWEN = dict(qkv_bias=True, max_seq_len=2048)
 MODELS = {
-    '50M': ModelConfig(116, 1024, d_model=512, n_layers=12, n_heads=8, n_kv_heads=2, d_ff=2048),
+    '50M': ModelConfig(116, 1024, **{name: GPU[name] for name in MODEL}),
     'Qwen2.5-0.5B': ModelConfig(151936, d_model=896, n_layers=24, n_heads=14, n_kv_heads=2, d_ff=4864, **QWEN),
     'Qwen2.5-1.5B': ModelConfig(151936, d_model=1536, n_layers=28, n_heads=12, n_kv_heads=2, d_ff=8960, **QWEN),
     'Qwen2.5-3B': ModelConfig(151936, d_model=2048, n_layers=36, n_heads=16, n_kv_heads=2, d_ff=11008, **QWEN),

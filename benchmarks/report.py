@@ -67,8 +67,8 @@ ROWS = {
 HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262} # by the number of seeds
 PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'steps_equal', 'updates', 'commits',
-           'commits_smollm2', 'decoding', 'decoding_gpu', 'execution', 'responses',
-           'responses_searches', 'growth', 'plan']
+           'commits_smollm2', 'decoding', 'decoding_gpu', 'execution', 'responses', 'responses_searches', 'growth',
+           'plan']
 PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'epsilon', 'algorithms', *PRINTED]}
 
 
@@ -196,9 +196,9 @@ def summary():
     for name in HEADLINES:
         runs = runs_of(name)
         before = statistics.mean(run['accuracy_after_warmup'] for run in runs)
-        least = min(runs, key=lambda run: run['seconds']) # disturbed by other jobs
+        quickest = min(runs, key=lambda run: run['seconds']) # other jobs disturbed it least
         rows.append([ROWS[name][0], percent(before), spread([run['accuracy'] for run in runs]), len(runs),
-                     f"{least['seconds'] / 60:.0f}, {place(least)}"])
+                     f"{quickest['seconds'] / 60:.0f}, {place(quickest)}"])
     return table(['task', 'after the warm-up', 'after A\\*PO', 'seeds', 'minutes, machine'], rows)
 
 

@@ -23,6 +23,7 @@ top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 from model import ModelConfig, Transformer, micro_batches, packs, row_lengths, token_logprobs, trim
 from sample import EVAL, held_out_problems, load, load_checkpoint, respond
+from train import GPU, MODEL
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
 parser.add_argument('--checkpoint', default=f'{top}/assets/countdown_trained.pt')
@@ -93,8 +94,8 @@ print(f'{len(tokens)} responses of {mask.sum(1).float().mean():.0f} tokens on av
 compare('0.8M', model.requires_grad_(), tokens, mask, 'float32')
 few = torch.arange(0, len(tokens), 8) # an eighth of the rows, for it is sixty times as large
 tokens, mask = trim(tokens[few], mask[few])
-model = Transformer(ModelConfig(model.config.vocab_size, model.config.max_seq_len, d_model=512, n_layers=12, n_heads=8,
-                                n_kv_heads=2, d_ff=2048))
+model = Transformer(ModelConfig(
+    model.config.vocab_size, model.config.max_seq_len, **{name: GPU[name] for name in MODEL}))
 best = compare('50M', model, tokens, mask, 'bfloat16')
 rate = 6 * model.num_params() * row_lengths(mask).sum() / best # attention, a few percent, is left out
 print(f'\nthe 50M model computes {rate / 1e9:.0f} GFLOP/s, where bfloat16 matrix multiplies run at '
