@@ -1927,6 +1927,7 @@ def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):
     leave(runs['imitation goes on'][0], 0.8, None)
     shown = it['table'](runs, 'GRPO').splitlines()
     assert len(shown) == 4 and '| 90.0% [90.0, 90.0] |' in shown[2] and '| – | – | – |' in shown[3]
+    assert it['two_tables'](runs) == '\n'.join(shown), "none of these steps as our A*PO does"
     assert len(it['rates_table'](trials, rows).splitlines()) == 4
     it['plot'](runs, tmp_path / 'plot.png')
     assert (tmp_path / 'plot.png').stat().st_size > 10_000

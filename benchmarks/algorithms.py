@@ -5,12 +5,14 @@ responses.
     python benchmarks/algorithms.py                            # about eleven hours on two cores
     python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
+    python benchmarks/algorithms.py --table=many_updates       # 1, 2 and 4 updates per batch
     python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
 
 Each algorithm takes the best of three learning rates, chosen on another fold of the problems with two
 seeds; then fresh seeds at that rate are evaluated on the held-out problems, which chose nothing. (The
-warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) Every run is
+warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) The other two
+tables are of that fold alone, two seeds at the middle rate. Every run is
 one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
 small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
 prints what is committed. Records that name another base than assets/countdown_base.pt started from one that earlier
@@ -37,12 +39,17 @@ RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4') # of AdamW
 LARGE_RATES = ('5e-3', '1e-2', '2e-2') # with a large epsilon
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
+TWICE_AS_MANY = ', 14,336 responses'
 SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
 OURS = ['--num_train_samples=32'] # the default on a CPU, where a GPU's is 256
 ADAMW = ['--adam_eps=1e-8'] # as everybody uses it
 PLAIN = ['--max_step_kl=0', *ADAMW] # without our bound on a step, which the others do not have
-ALGORITHMS = {
+AS_OURS = { # with our epsilon and our bound
     'A*PO': OURS,
+    'GRPO, as A*PO': ['--algorithm=grpo'],
+    'REINFORCE, as A*PO': ['--algorithm=reinforce'],
+    'rejection sampling, as A*PO': ['--algorithm=rejection']}
+ALGORITHMS = AS_OURS | {
     'A*PO, plain AdamW': [*OURS, *ADAMW],
     'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False',
                           '--grad_clip=500', '--beta2=1e-3'],
@@ -50,17 +57,15 @@ ALGORITHMS = {
     'RLOO': [*PLAIN, '--algorithm=rloo'],
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
     'rejection sampling': [*PLAIN, '--algorithm=rejection'],
-    'imitation goes on': ['--max_steps=0'],
-    'GRPO, as A*PO': ['--algorithm=grpo'], # with our epsilon and our bound
-    'REINFORCE, as A*PO': ['--algorithm=reinforce'],
-    'rejection sampling, as A*PO': ['--algorithm=rejection']}
+    'imitation goes on': ['--max_steps=0']}
 TWICE = ('A*PO', 'A*PO, plain AdamW', 'GRPO', 'rejection sampling') # which are also given twice the responses
-MANY = { # several updates per batch: where the ratio is not 1
+MANY = {'GRPO': ALGORITHMS['GRPO']} | { # several updates per batch: where the ratio is not 1
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('grpo', 'cispo', 'gspo')} | {
+    'A*PO': OURS} | {
     f'A*PO, {updates} updates': [*OURS, f'--updates_per_batch={updates}'] for updates in (2, 4)} | {
-    f'A*PO, {updates} updates, no bound': [*PLAIN, *OURS, f'--updates_per_batch={updates}'] for updates in (2, 4)}
-ABLATIONS = {' '.join(settings).replace('--', '') or 'default': [*OURS, *settings] for settings in (
+    'A*PO, 2 updates, beta2=0.05': [*OURS, '--updates_per_batch=2', '--beta2=0.05']}
+ABLATIONS = {' '.join(settings).replace('--', '') or 'A*PO': [*OURS, *settings] for settings in (
     [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--max_step_kl=0'],
     ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'], ['--beta1=0.1'], ['--beta1=5'],
     ['--beta2=1e-3'], ['--beta2=1e-1'], ['--ref_update_interval=20'])} | {
@@ -87,19 +92,18 @@ def main():
             parser.error(f"no row is called {unknown[0]!r}: there are {'; '.join(rows)}")
         rows = {name: rows[name] for name in args.only.split(';')}
 
-    if args.table == 'ablations': # at the default's rate on a CPU, on the fold that chooses
-        runs = {name: [plan(name, settings, seed, BUDGET, '1e-2', fold=1) for seed in (1, 2, 3)]
-                for name, settings in rows.items()}
-        take_all(sum(runs.values(), []), args)
-        return print(table(runs, baseline='default'))
+    if args.table != 'algorithms':
+        runs = at_one_rate(rows)
+        take_all([one for plans in zip(*runs.values()) for one in plans], args) # seed by seed
+        return print(table(runs, baseline=next(iter(runs))))
     trials = trials_of(rows)
     take_all(sum(trials.values(), []), args)
     print(rates_table(trials, rows))
     runs = fresh_runs(rows, trials, args.seeds)
     take_all(sum(runs.values(), []), args)
-    print(table(runs, baseline='GRPO' if args.table == 'algorithms' else 'grpo, 2 updates'))
+    print(two_tables(runs))
     if not args.dry_run:
-        plot(runs, os.path.join(top, 'benchmarks', 'results', f'{args.table}.png'))
+        plot(runs, os.path.join(top, 'benchmarks', 'results', 'algorithms.png'))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -116,6 +120,12 @@ def trials_of(rows):
             for name, settings in rows.items() for rate in rates_of(settings)}
 
 
+def at_one_rate(rows, seeds=(1, 2)):
+    """Return the runs of each row at the middle one of its rates, {name: plans}, on another fold."""
+    return {name: [plan(name, settings, seed, BUDGET, rates_of(settings)[1], fold=1) for seed in seeds]
+            for name, settings in rows.items()}
+
+
 def fresh_runs(rows, trials, seeds=8):
     """Return the runs at the best rate of each row, {name: plans}. A row without any trial has to wait."""
     runs = {}
@@ -124,7 +134,7 @@ def fresh_runs(rows, trials, seeds=8):
         if mean_accuracy(trials[name, rate]):
             runs[name] = [plan(name, settings, seed, BUDGET, rate) for seed in range(11, 11 + seeds)]
             if name in TWICE:
-                runs[f'{name}, 14,336 responses'] = [
+                runs[name + TWICE_AS_MANY] = [
                     plan(name, settings, seed, 2 * BUDGET, rate) for seed in range(11, 11 + min(4, seeds))]
     return runs
 
@@ -285,7 +295,7 @@ def table(runs, baseline):
             continue
         accuracy = np.array([record['accuracy'] for record in found])
         low, high = bootstrap(accuracy)
-        like = f'{baseline}, 14,336 responses' if '14,336' in name else baseline # with as many responses
+        like = baseline + TWICE_AS_MANY if name.endswith(TWICE_AS_MANY) else baseline # with as many responses
         against = [record['accuracy'] for record in records(runs.get(like, []))]
         wins = [float(a > b) + 0.5 * float(a == b) for a in accuracy for b in against]
         fell = [worst_fall(record) > 0.03 for record in found]
@@ -302,12 +312,20 @@ def table(runs, baseline):
     return '\n'.join(lines)
 
 
+def two_tables(runs):
+    """Return the table of what steps as our A*PO does, and that of the rest, each against its GRPO."""
+    ours = [name for name in runs if name.removesuffix(TWICE_AS_MANY) in AS_OURS]
+    rest = [name for name in runs if name not in ours]
+    return '\n\n'.join(table({name: runs[name] for name in names}, baseline)
+                       for names, baseline in ((ours, 'GRPO, as A*PO'), (rest, 'GRPO')) if names)
+
+
 def plot(runs, path):
     """Draw held-out accuracy against responses and against the root of the KL: a thin line a seed."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
-    drawn = [name for name, plans in runs.items() if records(plans) and '14,336' not in name]
+    drawn = [name for name, plans in runs.items() if records(plans) and not name.endswith(TWICE_AS_MANY)]
     for name, color in zip(drawn, (COLORS + ['black', 'grey']) * len(drawn)):
         for i, record in enumerate(records(runs[name])):
             points = np.array([point for point in record['evaluations'] if point[3] is not None]).reshape(-1, 4)

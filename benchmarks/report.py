@@ -13,6 +13,7 @@ then goes to RESULTS.md:
     python benchmarks/search.py > benchmarks/results/search.md
 """
 import argparse
+import functools
 import glob
 import json
 import os
@@ -24,7 +25,7 @@ from matplotlib.figure import Figure
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [top, os.path.join(top, 'benchmarks')]
-from algorithms import ALGORITHMS, fresh_runs, rates_of, rates_table, records, table as algorithms_table, trials_of
+from algorithms import ALGORITHMS, fresh_runs, rates_of, rates_table, records, trials_of, two_tables
 from sample import read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results')
@@ -69,7 +70,8 @@ STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306,
 PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'steps_equal', 'updates', 'commits',
            'commits_smollm2', 'decoding', 'decoding_gpu', 'execution', 'responses', 'responses_searches', 'growth',
            'plan']
-PAGES = {'README.md': ['summary'], 'RESULTS.md': ['runs', 'difficulty', 'steady', 'epsilon', 'algorithms', *PRINTED]}
+PAGES = {'README.md': ['summary'],
+         'RESULTS.md': ['runs', 'runs_gpu', 'difficulty', 'steady', 'epsilon', 'algorithms', *PRINTED]}
 
 
 def main():
@@ -202,9 +204,9 @@ def summary():
     return table(['task', 'after the warm-up', 'after A\\*PO', 'seeds', 'minutes, machine'], rows)
 
 
-def every_run():
+def every_run(on_gpu):
     rows = []
-    for name in ROWS:
+    for name in [name for name in ROWS if ('_gpu' in name) == on_gpu]:
         for run in runs_of(name):
             low, high = run['interval_95']
             rows.append([f'`{ROWS[name][1]}`', run['settings']['seed'], percent(run['accuracy_after_warmup']),
@@ -245,8 +247,7 @@ def steady():
 
 def comparison():
     trials = trials_of(ALGORITHMS)
-    runs = fresh_runs(ALGORITHMS, trials)
-    return algorithms_table(runs, baseline='GRPO') + '\n\n' + rates_table(trials, ALGORITHMS)
+    return two_tables(fresh_runs(ALGORITHMS, trials)) + '\n\n' + rates_table(trials, ALGORITHMS)
 
 
 def epsilon():
@@ -285,7 +286,9 @@ def draw():
 
 
 TABLES = dict(
-    summary=summary, runs=every_run, difficulty=difficulty, steady=steady, epsilon=epsilon, algorithms=comparison)
+    summary=summary, runs=functools.partial(every_run, on_gpu=False),
+    runs_gpu=functools.partial(every_run, on_gpu=True), difficulty=difficulty, steady=steady, epsilon=epsilon,
+    algorithms=comparison)
 
 
 if __name__ == '__main__':
