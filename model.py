@@ -69,7 +69,7 @@ class KVCache:
         self.new, self.hidden = slice(self.length, self.length + count), None
         self.length = self.end = self.length + count
         if self.at is not None:
-            self.new, self.end = self.at, -(-self.length // 64) * 64
+            self.new, self.end = self.at, round_up(self.length, 64)
             later = torch.arange(self.end, device=self.at.device) > self.at
             self.hidden = torch.zeros_like(later, dtype=self.k.dtype).masked_fill(later, -torch.inf)
         assert self.end <= self.k.size(3), f"the cache holds {self.k.size(3)} positions, {self.end} are needed"
@@ -155,8 +155,8 @@ class Attention(nn.Module):
         if T == 1:
             # Decoding: the query heads that share a key head become the rows of one small matrix,
             # nothing is copied. Fused attention is made for many queries: two products beat it.
-            q = q.view(B, k.size(1), -1, self.head_dim)
-            scores = q @ k.transpose(-1, -2) * self.head_dim ** -0.5
+            q = q.view(B, k.size(1), -1, self.head_dim) * self.head_dim ** -0.5 # before, or float16 overflows
+            scores = q @ k.transpose(-1, -2)
             hidden = getattr(cache, 'hidden', None)
             y = (scores if hidden is None else scores + hidden).softmax(-1) @ v
         elif lengths: # rows behind one another, and none sees another
@@ -323,7 +323,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is
     greedy. ends: the tokens that end a response; the first one also pads. uniform (B,
     max_new_tokens) in [0, 1): the noise, one number for each token, fresh when not given; what a
-    row samples does not depend on the others. watch is called after each step with the tokens.
+    row samples does not depend on the others. watch is called after each step.
 
     Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
     sampled positions up to and including the first end. A row without an end under its mask ran
@@ -340,14 +340,14 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
         batch.read(shortest)
         for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
             if watch:
-                watch(batch.tokens[:, :t + 1])
+                watch()
             # A GPU is asked every few tokens only, because it has to stop and answer.
             if t % 8 == 0 or not batch.tokens.is_cuda:
                 batch.drop_ended()
             if len(batch.rows) == 0 or t == longest + max_new_tokens - 1:
                 break
             batch.step()
-    T = int(batch.mask.any(0).nonzero().max()) + 1 # positions that no row reached are cut off
+    T = int(row_lengths(batch.mask).max()) # positions that no row reached are cut off
     return batch.tokens[:, :T], batch.mask[:, :T]
 
 
@@ -368,7 +368,7 @@ class Decoding:
         self.mask = torch.zeros(B, T, dtype=torch.bool, device=device)
         self.ends = torch.tensor(ends, device=device)
         self.uniform = torch.rand(B, max_new_tokens, device=device) if uniform is None else uniform.to(device)
-        self.cache = KVCache(model.config, B, -(-T // 64) * 64, device, model.embed.weight.dtype)
+        self.cache = KVCache(model.config, B, round_up(T, 64), device, model.embed.weight.dtype)
         self.rows = torch.arange(B, device=device) # the rows still running
         self.alive = torch.ones(B, dtype=torch.bool, device=device) # one flag for each of them
         self.graph = None # of a step on a GPU
@@ -465,6 +465,11 @@ def packs(model, tokens):
     return not (model.share_prefix and shared_length(tokens))
 
 
+def round_up(n, multiple):
+    """Return the least multiple that is not below n."""
+    return -(-n // multiple) * multiple
+
+
 def row_lengths(mask):
     """Return how many positions each row has up to its last one under the mask: (B, T) -> (B,)."""
     return (mask * torch.arange(1, mask.size(1) + 1, device=mask.device)).amax(1)
@@ -477,7 +482,7 @@ def micro_batches(mask, micro_batch_tokens, at_least=1, packed=False):
     a piece of its own. mask (B, T) -> list of at_least or more LongTensors of row indices.
     """
     lengths = row_lengths(mask).cpu().numpy()
-    padded = -(-lengths // 16) * 16 # as trim leaves them
+    padded = round_up(lengths, 16) # as trim leaves them
     pieces = []
     for row in (-lengths).argsort(kind='stable').tolist():
         piece = pieces[-1] + [row] if pieces else [row]
@@ -497,8 +502,7 @@ def micro_batches(mask, micro_batch_tokens, at_least=1, packed=False):
 def trim(tokens, mask):
     """Cut the padding behind the longest row; lengths are multiples of 16, because each new shape
     costs a CPU a new kernel. tokens, mask (B, T) -> (B, T'), (B, T')."""
-    end = int(mask.any(0).nonzero().max()) + 1
-    end = min(-(-end // 16) * 16, mask.size(1))
+    end = min(round_up(int(row_lengths(mask).max()), 16), mask.size(1))
     return tokens[:, :end], mask[:, :end]
 
 

@@ -111,12 +111,10 @@ def evaluate(model, task, tokenizer, problems, key, repeat=1, **options):
     """Grade `repeat` responses to each problem, with the options of respond. Returns a dict for
     every response."""
     batch = respond(model, task, tokenizer, problems, key, repeat, **options)
-    rows = []
-    for i, problem in enumerate(batch.problems):
-        grades = {name: getattr(batch, name)[i].item() for name in GRADES}
-        rows.append(dict(grades, difficulty=task.difficulty(problem), prompt=tokenizer.prompt(task, problem),
-                         response=batch.texts[i]))
-    return rows
+    columns = [getattr(batch, name).tolist() for name in GRADES]
+    return [dict(zip(GRADES, grades), difficulty=task.difficulty(problem), prompt=tokenizer.prompt(task, problem),
+                 response=text)
+            for problem, text, *grades in zip(batch.problems, batch.texts, *columns)]
 
 
 def summarize(rows):
@@ -407,7 +405,7 @@ def refuse(word, defaults, task_name):
 
 def task_class(name):
     """Return the class of a task, by its name or file. One line and exit when there is none."""
-    with one_line(f'--task={name}', ValueError, OSError, SyntaxError):
+    with one_line(f'--task={name}'):
         kind = find_task(name)
     for parameter, default in parameters(kind).items():
         if default is inspect.Parameter.empty:
@@ -423,7 +421,7 @@ def make_task(name, settings, words=()):
     if left_over:
         refuse(left_over[0], parameters(kind), name)
     settings = settings | given
-    with one_line(f'--task={name}', ValueError, OSError):
+    with one_line(f'--task={name}'):
         made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
         made.fold = settings.get('fold', 0) # pretrained weights that were not trained here name none
         return made
@@ -489,11 +487,18 @@ def find_checkpoint(path, task_name=''):
 
 
 def newest_model(folder):
-    """Return the final model of the newest run in a folder (or pattern of folders), else the newest
-    checkpoint, or None."""
-    for name in ('tinyzero_astarpo_final.pt', 'checkpoint_step_*.pt'):
-        if found := glob.glob(os.path.join(folder, name)):
-            return max(found, key=os.path.getmtime)
+    """Return the final model of the newest run in a folder (or pattern of folders), else the last
+    checkpoint of the newest, or None."""
+    finals = glob.glob(os.path.join(folder, 'tinyzero_astarpo_final.pt'))
+    last = [paths[-1] for paths in map(checkpoints, glob.glob(folder)) if paths]
+    return max(finals or last, key=os.path.getmtime, default=None)
+
+
+def checkpoints(folder):
+    """Return the paths of the checkpoints in a run's folder that can be resumed, oldest first."""
+    names = glob.glob('checkpoint_step_*.pt', root_dir=folder)
+    steps = sorted(int(name[16:-3]) for name in names if name[16:-3].isdecimal())
+    return [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
 
 
 def pick_device(device):
@@ -530,7 +535,8 @@ def one_line(name, *kinds):
     except kinds or Exception as error:
         message = ' '.join(str(error).split()).partition('. ')[0][:300]
         at = ''
-        if isinstance(error, (AttributeError, NameError, TypeError)): # the code is wrong, of a task for example
+        # The code is wrong, of a task for example.
+        if isinstance(error, (AttributeError, ImportError, LookupError, NameError, TypeError)):
             place = traceback.extract_tb(error.__traceback__)[-1]
             at = f' in line {place.lineno} of {place.filename}'
         fail(f"cannot use {name}: {message} ({type(error).__name__}{at})")

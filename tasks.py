@@ -15,6 +15,7 @@ import json
 import math
 import re
 import runpy
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
@@ -166,7 +167,7 @@ def extract_answer(response):
     </think> <answer> ... </answer>` with white space between and exactly one answer behind the one
     </think>.
     """
-    head, end_think, tail = response.split(EOS)[0].partition(END_THINK)
+    tail = response.split(EOS)[0].partition(END_THINK)[2]
     match = re.fullmatch(rf'{WHITE}{ANSWER}([^<]*){END_ANSWER}{WHITE}', tail)
     return match[1] if match and len(match[1]) <= MAX_ANSWER else None
 
@@ -397,7 +398,8 @@ class Countdown(Task):
                 pool.append(terms[rng.integers(len(terms))])
             tries += pool
         if tries[-1].value != problem.target:
-            tries += [solution for _, solution in self.search(problem) if solution][:1]
+            solutions = (solution for _, solution in self.search(problem) if solution)
+            tries += itertools.islice(solutions, 1) # the search leaves out what gets large
         lines = [', '.join(re.sub('([-+*/=])', r' \1 ', step) for step in term.steps) for term in tries]
         return '\n'.join(lines) + f'{END_THINK}{ANSWER}{tries[-1].text[1:-1]}{END_ANSWER}'
 
@@ -488,7 +490,10 @@ def exact_value(text):
             while binds[operators[-1]] >= binds[token]:
                 y, x = values.pop(), values.pop()
                 values.append(apply(x, operators.pop(), y))
-            operators.pop() if token == ')' else operators.append(token)
+            if token == ')':
+                operators.pop()
+            else:
+                operators.append(token)
             expects_number = token != ')'
         else:
             raise ValueError(f"{token!r} is not expected here")
@@ -533,7 +538,7 @@ class Multiplication(Task):
         return MultiplicationProblem(*map(int, rng.integers(1, self.max_factor + 1, 2)))
 
     def prompt(self, problem):
-        return f'What is {problem.a} × {problem.b}?{THINK}'
+        return self.question(problem) + THINK
 
     def question(self, problem):
         return f'What is {problem.a} × {problem.b}?'
@@ -651,6 +656,7 @@ def find_task(name):
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
+    sys.path.append(str(path.parent)) # it may import what lies beside it
     module = runpy.run_path(str(path), run_name='task_file')
     found = [thing for thing in module.values() if getattr(thing, '__module__', '') == 'task_file' and
              isinstance(thing, type) and issubclass(thing, Task)]

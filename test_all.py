@@ -345,6 +345,19 @@ def test_logprobs_of_the_cache_equal_those_of_the_training_forward():
     assert torch.allclose(values, torch.cat([v for _, v in steps], 1)[torch.arange(len(PROMPTS)), ends], atol=1e-5)
 
 
+def test_decoding_in_float16_overflows_no_earlier_than_scoring():
+    """Qwen's keys and queries are so large that their product has to be scaled before it is formed."""
+    model = small_model(qkv_bias=True, d_ff=8)
+    with torch.no_grad():
+        for block in model.blocks:
+            block.attn.wqkv.bias[:48] = 110 # of queries and keys: 8 features make 96,800, and float16 ends at 65,504
+        model.half()
+        tokens = torch.tensor([[2, 3, 4, 5, 6]])
+        whole, cache = model(tokens)[0], KVCache(model.config, 1, 5, 'cpu', torch.float16)
+        steps = torch.cat([model(tokens[:, t:t + 1], cache)[0] for t in range(5)], 1)
+    assert whole.isfinite().all() and torch.allclose(steps, whole, atol=0.05 * whole.abs().max().item())
+
+
 @pytest.mark.parametrize('at_once', [1, 60])
 def test_a_step_that_a_graph_can_repeat_computes_the_same(at_once, monkeypatch):
     """It takes its position from a tensor, and keys that are not yet there are hidden from it, whatever they are."""
@@ -1445,6 +1458,14 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("solution = None", "cannot use --task=.*mine.py with these settings: .*TypeError in line .*py"),
     ("def solution(self, problem): return self.truth", "has no attribute 'truth' .*in line 5 of .*mine.py"),
     ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
+    ("def grade(self, problem, response): return Grade(1.0, True, True)", "'Grade' is not defined .*in line 5 of .*mine"),
+    ("def grade(self, problem, response): return int(response)", "ValueError"),
+    ("def difficulty(self, problem): return self.level", "no attribute 'level' .*in line 5 of .*mine.py"),
+    ("def problem(self, rng): return {}['size']", "'size' .KeyError in line 5 of .*mine.py"),
+    ("from tasks import Nothing", "cannot import name 'Nothing' .*in line 5 of .*mine.py"),
+    ("tokens = property(lambda self: None, lambda self, value: None)", "has no `tokens`"),
+    ("defaults = dict(max_steps='5')", "--max_steps must be int, not '5'"),
+    ("defaults = dict(batch_size=2.5)", "--batch_size must be int, not 2.5"),
     ("def problem(self, rng): return (1, 2)", r"\(1, 2\) is no text, so Mine needs a method `canonical`"),
     ("tokens = property(lambda self: list('012'), lambda self, value: None)", "mine.py: a vocabulary must hold TAGS"),
     ("def demonstration(self, problem, rng): return '</think><answer>120</answer>'",
@@ -1454,6 +1475,15 @@ def test_a_mistake_in_a_task_of_ones_own_gets_one_clear_line_before_training(mai
     with pytest.raises(SystemExit, match=words) as error:
         main(f'--task={tmp_path}/mine.py', f'--out_dir={tmp_path}/run')
     assert '\n' not in error.value.code and not glob.glob(f'{tmp_path}/run/*')
+
+
+def test_a_file_of_ones_own_may_import_what_lies_beside_it(monkeypatch, tmp_path):
+    monkeypatch.setattr(sys, 'path', [*sys.path]) # as it was, afterwards
+    (tmp_path / 'beside_it.py').write_text('SIZES = dict(max_steps=7)\n\n\ndef loss(*args):\n    return args[0].sum()\n')
+    (tmp_path / 'mine.py').write_text(
+        'from beside_it import SIZES, loss\nfrom tasks import Chain\n\n\nclass Mine(Chain):\n    defaults = SIZES\n')
+    assert find_task(f'{tmp_path}/mine.py').defaults == dict(max_steps=7)
+    assert train.find_algorithm(f'{tmp_path}/mine.py').loss(torch.ones(3)) == 3
 
 
 @pytest.mark.parametrize('variables, words', [
@@ -1521,6 +1551,12 @@ def test_without_a_path_the_run_of_the_named_task_is_taken_else_the_newest(monke
     assert sample.find_checkpoint(None, 'examples/sorting.py') == 'out/sorting/tinyzero_astarpo_final.pt'
     for task in ('', 'chain'):
         assert sample.find_checkpoint(None, task) == 'out/idea/tinyzero_astarpo_final.pt'
+    os.makedirs('out/chain') # not at its end, and copied by something that does not keep times
+    for age, step in enumerate((500, 1500, 1000)):
+        path = shutil.copy(f'{HERE}/assets/countdown_base.pt', f'out/chain/checkpoint_step_{step}.pt')
+        os.utime(path, (1e9 - age, 1e9 - age))
+    assert sample.find_checkpoint(None, 'chain') == 'out/chain/checkpoint_step_1500.pt'
+    assert sample.find_checkpoint(None, '') == 'out/idea/tinyzero_astarpo_final.pt'
 
 
 def test_a_run_is_not_overwritten_and_messages_offer_what_works(main, trained, tmp_path):
@@ -1607,12 +1643,12 @@ def test_a_run_that_is_stopped_while_it_samples_ends_as_if_it_had_not_been(main,
     def counted(run, function, problems, stream, *rest, **options):
         tokens[:] = [stream, next(calls), 0]
         return rollout(run, function, problems, stream, *rest, **options)
-    def watch_and_interrupt(sampled):
+    def watch_and_interrupt(run):
         tokens[2] += 1
         if tokens[1] in (0, 2, 4, 10, 22) and tokens[2] == 3: # each is repeated before the next one
             streams.append(tokens[0])
             os.kill(os.getpid(), signal.SIGUSR1)
-        watch(sampled)
+        watch(run)
     monkeypatch.setattr(train, 'rollout', counted)
     monkeypatch.setattr(train, 'watch_signals', watch_and_interrupt)
     arguments = [*TINY, '--max_steps=8', '--checkpoint_interval=2', '--eval_interval=1', '--ref_update_interval=4']

@@ -42,10 +42,10 @@ from apo import (
     ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
 from model import ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim
 from sample import (
-    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, evaluate, fail, find_checkpoint, held_out_problems, load_checkpoint,
-    make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
+    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, checkpoints, evaluate, fail, find_checkpoint, held_out_problems,
+    load_checkpoint, make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
     read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
-from tasks import TASKS, Grade, PretrainedTokenizer
+from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer
 
 # ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
@@ -439,7 +439,7 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
             result = function(
                 run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat,
                 first=first, max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
-                watch=lambda tokens: watch_signals(run), progress=lambda line: print0(f'{name}: {line}'))
+                watch=lambda: watch_signals(run), progress=lambda line: print0(f'{name}: {line}'))
     leave_if_asked(run)
     return result
 
@@ -492,9 +492,9 @@ def log_evaluation(run, when, one_in=1):
            f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
            f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
     if run.evaluated != run.step: # a finished run that is resumed has it in its logs
-        record(run, 'metrics.jsonl', dict(step=run.step, seconds=seconds, phase='evaluation', **result))
+        record(run, LOGS[0], dict(step=run.step, seconds=seconds, phase='evaluation', **result))
         for row in rows[::repeat][:8]:
-            record(run, 'samples.jsonl', dict(step=run.step, **row))
+            record(run, LOGS[1], dict(step=run.step, **row))
     run.evaluated = run.step
     if run.step >= warmup_steps: # each of these evaluations leaves a checkpoint
         run.best = max(run.best, (result['accuracy'], run.step))
@@ -517,8 +517,10 @@ def build(settings, checkpoint):
     pretrained = isinstance(state, dict)
     if not hasattr(puzzles, 'demonstration') and (warmup_steps or not pretrained):
         fail(f"--task={task} has no demonstrations: it needs pretrained weights and no --warmup_steps")
+    if state is None:
+        fail(f"--task={task} has no `tokens`: give its class some, or start from pretrained weights by --init_from")
     tokenizer = make_tokenizer(state, puzzles, init_from if checkpoint else f'--task={task}', num_examples)
-    with one_line(f'--task={task} with these settings', ValueError, TypeError, AttributeError):
+    with one_line(f'--task={task} with these settings'):
         # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
         # hardly turn.
         config = checkpoint['config'] if checkpoint else ModelConfig(
@@ -562,13 +564,16 @@ def try_problems(puzzles, tokenizer, config):
         problem = puzzles.draw(rng, test=i % 2 == 0)
         prompt = tokenizer.encode(tokenizer.prompt(puzzles, problem))
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
-        response = tokenizer.encode(text)
-        used.update(prompt + response)
+        written = tokenizer.encode(text)
+        used.update(prompt + written)
         longest = max(longest, len(prompt))
-        cut += len(response) >= max_new_tokens # with its end-of-sequence
-        grade = puzzles.grade(problem, text) # a task without a verifier fails here, not after its warm-up
-        if not isinstance(grade, Grade):
-            raise ValueError(f"`grade` must return a Grade(reward, correct, formatted), not {grade!r}")
+        cut += len(written) >= max_new_tokens # with its end-of-sequence
+        puzzles.difficulty(problem)
+        # A verifier that does not take every text fails here, not after the warm-up.
+        for response in ('', f'{END_THINK}{ANSWER}?{END_ANSWER}', text):
+            grade = puzzles.grade(problem, response)
+            if not isinstance(grade, Grade):
+                raise ValueError(f"`grade` must return a Grade(reward, correct, formatted), not {grade!r}")
         right += grade.correct
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
@@ -854,10 +859,15 @@ def check_settings(settings, checkpoint, kind):
         if settings[name] not in choices:
             fail(f"--{name} must be {' or '.join(map(str, choices))}, not {settings[name]!r}")
     for name, default in SETTINGS.items():
-        least = LEAST.get(name, 0) # where it is not just above 0
-        value = settings[name]
-        if type(default) in (int, float) and not (least <= value < 2 ** 31 and (value or name in LEAST)):
-            fail(f"--{name} must be {f'at least {least}' if name in LEAST else 'above 0'} and below 2^31, not {value}")
+        if type(default) not in (int, float):
+            continue
+        value, least = settings[name], LEAST.get(name)
+        if not isinstance(value, (int, type(default))): # a task's class may say so
+            fail(f"--{name} must be {type(default).__name__}, not {value!r}")
+        enough = value > 0 if least is None else value >= least
+        if not enough or value >= 2 ** 31:
+            bound = 'above 0' if least is None else f'at least {least}'
+            fail(f"--{name} must be {bound} and below 2^31, not {value}")
     for name in MODEL if checkpoint else ():
         has = getattr(checkpoint['config'], name)
         if settings[name] != has:
@@ -934,18 +944,13 @@ def find_algorithm(name):
     if not name.endswith('.py'):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
     with one_line(f'--algorithm={name}'):
-        parts = runpy.run_path(os.path.expanduser(name), run_name='algorithm_file')
+        path = os.path.expanduser(name)
+        sys.path.append(os.path.dirname(path)) # it may import what lies beside it
+        parts = runpy.run_path(path, run_name='algorithm_file')
         if not callable(parts.get('loss')):
             raise ValueError('it defines no function `loss`')
         return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
                          parts.get('grouped', False), parts.get('per_token', False))
-
-
-def checkpoints(folder):
-    """Return the paths of the checkpoints in a run's folder that can be resumed, oldest first."""
-    names = glob.glob('checkpoint_step_*.pt', root_dir=folder)
-    steps = sorted(int(name[16:-3]) for name in names if name[16:-3].isdecimal())
-    return [os.path.join(folder, f'checkpoint_step_{step}.pt') for step in steps]
 
 
 def claim(folder):
