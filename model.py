@@ -541,7 +541,7 @@ def read_config(folder):
     with open(os.path.join(folder, 'config.json')) as file:
         theirs = dict(tie_word_embeddings=False, rope_theta=10000.0, hidden_act='silu', max_position_embeddings=2048)
         theirs |= json.load(file)
-    rope = theirs.get('rope_parameters') or theirs.get('rope_scaling') or {} # transformers 5 writes the former
+    rope = theirs.get('rope_scaling') or theirs.get('rope_parameters') or {} # transformers 5 writes the latter
     theirs['rope_theta'] = rope.get('rope_theta', theirs['rope_theta'])
     theirs['rope_type'] = rope.get('rope_type', rope.get('type', 'default'))
     theirs['rope_scaling'] = rope if theirs['rope_type'] == 'llama3' else None
@@ -572,11 +572,11 @@ def counterparts(model):
 
 
 def weight_files(folder):
-    """Return the paths of the safetensors files that hold a model: those that its index names,
-    because others may lie there too, else the one whole file."""
+    """Return the paths of the safetensors files that hold a model: the one whole file, as in
+    transformers, else those that its index names, because others may lie there too."""
     index = os.path.join(folder, 'model.safetensors.index.json')
     names = ['model.safetensors']
-    if os.path.exists(index):
+    if os.path.exists(index) and not os.path.exists(os.path.join(folder, *names)):
         with open(index) as file:
             names = sorted({*json.load(file)['weight_map'].values()})
     return [os.path.join(folder, name) for name in names]

@@ -7,8 +7,9 @@ See what a trained model does.
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
 Takes the newest run under out/ (with --task=examples/grid.py first that in out/grid), one that came to its end before
-one that did not, else assets/countdown_trained.pt; --checkpoint=PATH names another, a file, the folder of a run, or
-pretrained weights, which need a --task=. The settings of the task can be given too, such as --max_factor=40.
+one that did not, else the model of that task, or of countdown, in assets/; --checkpoint=PATH names another, a file, the
+folder of a run, or pretrained weights, which need a --task=. The settings of the task can be given too, such as
+--max_factor=40.
 
 Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
 one place where rewards are decided. Everything takes its settings as arguments.
@@ -19,6 +20,7 @@ import difflib
 import functools
 import glob
 import inspect
+import itertools
 import json
 import math
 import os
@@ -182,8 +184,9 @@ def main():
         if args.eval:
             return grade_problems(models, options, path, problems, args.problems or 'held out')
         show(models, options, problems)
+    talks = all(stream and stream.isatty() for stream in (sys.stdin, sys.stdout)) # neither is a file, a pipe or closed
     with contextlib.suppress(EOFError, KeyboardInterrupt): # how people leave a prompt
-        while sys.stdin.isatty() and (text := input('\na problem of yours (empty line to leave): ')):
+        while talks and (text := input('\na problem of yours (empty line to leave): ')):
             try:
                 show(models, options, [task.parse(text)])
             except ValueError as error:
@@ -208,7 +211,7 @@ def parse_arguments():
     add('--seed', type=int, default=1337, help='of the sampling noise')
     add('--device', default='auto', help='auto | cpu | cuda | mps')
     add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
-    add('--output', default='curves.png', help='the picture that --plot writes')
+    add('--output', default='curves.png', type=os.path.expanduser, help='the picture that --plot writes')
     args, words = parser.parse_known_args()
     if args.plot and words:
         fail(f"--plot takes no {words[0]}")
@@ -313,7 +316,7 @@ def plot_runs(folders, path):
         curve(length, steps, [row['length'] for row in steps], color=color)
         curve(kl, steps, [row['kl'] for row in steps], color=color)
         if i == 0:
-            for group, shade in zip(evaluations[-1]['by_difficulty'] if evaluations else [], COLORS):
+            for group, shade in zip(evaluations[-1]['by_difficulty'] if evaluations else [], itertools.cycle(COLORS)):
                 shares = [row['by_difficulty'].get(group) for row in evaluations]
                 curve(by_difficulty, evaluations, shares, 'o-', color=shade, label=group)
             by_difficulty.set_title(f'held-out accuracy by difficulty ({name})')
@@ -480,8 +483,9 @@ def find_checkpoint(path, task_name=''):
     if path == '':
         fail("--checkpoint= names nothing")
     # Where train.py puts runs of the task by default; of no task out/ itself, where none is.
-    own = glob.escape(f"out/{os.path.basename(task_name).removesuffix('.py')}")
-    path = path or newest_model(own) or newest_model('out/*') or f'{HERE}/assets/countdown_trained.pt'
+    name = os.path.basename(task_name).removesuffix('.py')
+    path = path or newest_model(glob.escape(f'out/{name}')) or newest_model('out/*')
+    path = path or f"{HERE}/assets/{name or 'countdown'}_trained.pt"
     path = os.path.expanduser(path)
     return newest_model(glob.escape(path)) or path
 

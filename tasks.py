@@ -93,6 +93,8 @@ class PretrainedTokenizer:
         from tokenizers import Tokenizer as Library
         self.num_examples = num_examples
         self.state, self.library = files, Library.from_str(files['tokenizer.json'])
+        self.library.no_truncation() # the file keeps what its last use had set
+        self.library.no_padding()
         self.ends = self.find_ends()
         # Some tokenizers begin every text with special tokens, which go in front of the prompt;
         # some also end it.

@@ -1543,7 +1543,8 @@ def test_a_home_folder_is_found(monkeypatch, tmp_path):
 
 def test_without_a_path_the_run_of_the_named_task_is_taken_else_the_newest(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert sample.find_checkpoint(None, 'multiplication').endswith('assets/countdown_trained.pt')
+    assert sample.find_checkpoint(None, 'multiplication').endswith('assets/multiplication_trained.pt')
+    assert sample.find_checkpoint(None, '').endswith('assets/countdown_trained.pt')
     for age, name in enumerate(('idea', 'sorting')):
         os.makedirs(f'out/{name}')
         path = shutil.copy(f'{HERE}/assets/countdown_base.pt', f'out/{name}/tinyzero_astarpo_final.pt')
@@ -2239,6 +2240,8 @@ def make_tokenizer(folder, eos='<|endoftext|>', begin=None, end=None):
             single=f'{begin} $A' + (f' {end}' if end else ''),
             special_tokens=[(token, library.token_to_id(token)) for token in (begin, end) if token])
     os.makedirs(folder, exist_ok=True)
+    library.enable_truncation(20) # as a file may have it from its last use
+    library.enable_padding(length=64)
     library.save(f'{folder}/tokenizer.json')
     with open(f'{folder}/tokenizer_config.json', 'w') as file:
         json.dump(dict(tokenizer_class='PreTrainedTokenizerFast', eos_token=eos, pad_token=eos), file)
@@ -2400,6 +2403,8 @@ def test_weights_are_read_from_the_files_that_the_index_names(tmp_path):
         os.remove(folder / 'model-00001-of-00002.safetensors')
         with pytest.raises(FileNotFoundError, match='model-00001-of-00002.safetensors'):
             read_pretrained(folder)
+        safetensors.save_file(held, folder / 'model.safetensors') # written over shards, whose index stays
+        assert torch.equal(read_pretrained(folder)(tokens)[0], model(tokens)[0])
 
 
 LLAMA_WITHOUT = {name: value for name, value in LLAMA3.items() if name != 'low_freq_factor'}
@@ -2408,6 +2413,7 @@ LLAMA_WITHOUT = {name: value for name, value in LLAMA3.items() if name != 'low_f
 @pytest.mark.parametrize('changes, words', [
     (dict(config=dict(model_type='mamba')), "model_type 'mamba' is not covered"),
     (dict(config=dict(rope_parameters=dict(rope_type='yarn'))), "rope_type 'yarn' is not covered"),
+    (dict(config=dict(rope_scaling=dict(type='linear', factor=2.0))), "rope_type 'linear' is not covered"),
     (dict(config=dict(rope_scaling=LLAMA_WITHOUT)), "rope_type llama3 without low_freq_factor"),
     (dict(config=dict(use_sliding_window=True)), "use_sliding_window True is not covered"),
     ({'model.vision.weight': lambda model: model.norm.weight}, "a tensor model.vision.weight (64,), which"),

@@ -88,7 +88,7 @@ ref_update_interval = 0 # every so many steps the reference becomes the current 
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
-fold = 0 # which tenth of the problems is held out; choose settings on another one than you report
+fold = 0 # which tenth of the problems is held out, and was from the warm-up on; choose settings on another one
 num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
 eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
@@ -826,6 +826,8 @@ def configure(argv):
         settings['dtype'] = pick_dtype(device)
     globals().update({setting: settings[setting] for setting in SETTINGS})
     check_settings(settings, checkpoint, kind)
+    if resuming:
+        settings['init_from'] = stored['init_from'] # what the run began with
     join_ranks()
     print0(f"task {task}, {out_dir=}, {device=}, {dtype=}, {torch.get_num_threads()} threads, "
            f"{world_size} rank(s), torch {torch.__version__}")

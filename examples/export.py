@@ -26,7 +26,7 @@ def main():
     args = parser.parse_args()
     if os.path.exists(args.folder):
         fail(f"{args.folder} is there already: choose a new folder")
-    path = find_checkpoint(args.checkpoint)
+    path = find_checkpoint(args.checkpoint, args.task)
     model, _, tokenizer = load(load_checkpoint(path), path, device='cpu', task_name=args.task)
     with one_line(args.folder):
         save_pretrained(model, args.folder, tokenizer.ends)

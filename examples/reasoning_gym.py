@@ -32,11 +32,11 @@ CPU_SECONDS, WALL_SECONDS, BYTES = 1, 5, 2 ** 31
 class ReasoningGym(Task):
     """A task of the reasoning-gym package. A problem is an entry of the package: a dict with question and answer."""
     defaults = dict(num_eval_samples=200) # some tasks draw only a few problems a second
-    longest_prompt = 4096
 
     def __init__(self,
                  dataset='chain_sum', # a task of the reasoning-gym package, by its name there
                  partial_credit=0.0, # what a score of nearly 1 earns, below 1; a lower score earns its part of it
+                 longest_prompt=4096, # tokens; longer questions are left out
                  ):
         from reasoning_gym.factory import DATASETS, create_dataset
         if dataset not in DATASETS:
@@ -44,7 +44,7 @@ class ReasoningGym(Task):
             raise ValueError(f"the reasoning-gym package has no task {dataset!r}; did you mean --dataset={close}?")
         if not 0 <= partial_credit < 1:
             raise ValueError(f"{partial_credit=} must be at least 0 and below 1")
-        self.dataset, self.partial_credit = dataset, partial_credit
+        self.dataset, self.partial_credit, self.longest_prompt = dataset, partial_credit, longest_prompt
         self.create = functools.partial(create_dataset, dataset, size=1)
         try:
             self.create(seed=0)
