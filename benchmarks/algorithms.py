@@ -21,6 +21,7 @@ one. Delete a row's records when its settings have changed.
 """
 import argparse
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -325,8 +326,9 @@ def plot(runs, path):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(12, 5), layout='constrained')
     axes = figure.subplots(1, 2, sharey=True)
-    drawn = [name for name, plans in runs.items() if records(plans) and not name.endswith(TWICE_AS_MANY)]
-    for name, color in zip(drawn, (COLORS + ['black', 'grey']) * len(drawn)):
+    drawn = [name for name, plans in runs.items() if not name.endswith(TWICE_AS_MANY)
+             and any(record['kl'] is not None for record in records(plans))] # imitation stays where it is
+    for name, color in zip(drawn, itertools.cycle(COLORS + ['black', 'grey', 'brown', 'olive'])):
         for i, record in enumerate(records(runs[name])):
             points = np.array([point for point in record['evaluations'] if point[3] is not None]).reshape(-1, 4)
             axes[0].plot(points[:, 0], points[:, 2], color=color, lw=0.7, alpha=0.7, label=name if i == 0 else None)
