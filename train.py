@@ -88,7 +88,7 @@ ref_update_interval = 0 # every so many steps the reference becomes the current 
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
-fold = 0 # which tenth of the problems is held out, and was from the warm-up on; choose settings on another one
+fold = 0 # which tenth of the problems is held out, from the warm-up on; choose settings on another than you report
 num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
 eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
