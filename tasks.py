@@ -13,6 +13,7 @@ import hashlib
 import itertools
 import json
 import math
+import os
 import re
 import runpy
 import sys
@@ -658,10 +659,15 @@ def find_task(name):
     path = Path(name).expanduser()
     if not path.is_file():
         raise ValueError(f"there is no file {name}")
-    sys.path.append(str(path.parent)) # it may import what lies beside it
-    module = runpy.run_path(str(path), run_name='task_file')
+    module = run_file(path, 'task_file')
     found = [thing for thing in module.values() if getattr(thing, '__module__', '') == 'task_file' and
              isinstance(thing, type) and issubclass(thing, Task)]
     if len(found) != 1:
         raise ValueError(f"a task's file must define one subclass of Task, {name} defines {len(found)}")
     return found[0]
+
+
+def run_file(path, name):
+    """Run a Python file under a module's name. Returns the names that it defines."""
+    sys.path.append(os.path.dirname(path)) # it may import what lies beside it
+    return runpy.run_path(str(path), run_name=name)

@@ -1312,6 +1312,8 @@ def test_resume_equals_uninterrupted_to_the_bit(main, trained, tmp_path, step):
     assert logged(trained) == logged(out)
     assert open(f'{trained}/samples.jsonl').read() == open(f'{out}/samples.jsonl').read()
     assert not os.path.exists(f'{out}/.checkpoint.tmp')
+    with open(f'{out}/results_summary.json') as file:
+        assert json.load(file)['settings']['init_from'] == 'scratch', "what the run began with"
 
 
 @pytest.mark.parametrize('extra', [

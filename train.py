@@ -21,7 +21,6 @@ import math
 import os
 import platform
 import re
-import runpy
 import shlex
 import signal
 import subprocess
@@ -45,7 +44,7 @@ from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, checkpoints, evaluate, fail, find_checkpoint, held_out_problems,
     load_checkpoint, make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
     read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
-from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer
+from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer, run_file
 
 # ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
@@ -946,9 +945,7 @@ def find_algorithm(name):
     if not name.endswith('.py'):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
     with one_line(f'--algorithm={name}'):
-        path = os.path.expanduser(name)
-        sys.path.append(os.path.dirname(path)) # it may import what lies beside it
-        parts = runpy.run_path(path, run_name='algorithm_file')
+        parts = run_file(os.path.expanduser(name), 'algorithm_file')
         if not callable(parts.get('loss')):
             raise ValueError('it defines no function `loss`')
         return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],

@@ -12,8 +12,9 @@ responses.
 Each algorithm takes the best of three learning rates, chosen on another fold of the problems with two
 seeds; then fresh seeds at that rate are evaluated on the held-out problems, which chose nothing. (The
 warm-up has demonstrated problems of the other fold, so accuracies there are a little high.) The other two
-tables are of that fold alone, two seeds at the middle rate. Every run is
-one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
+tables are of that fold alone, two seeds at the middle rate.
+
+Every run is one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
 small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
 prints what is committed. Records that name another base than assets/countdown_base.pt started from one that earlier
 code had made by the same command, `python train.py --max_steps=0 --device=cpu`: delete them to compare from the present
