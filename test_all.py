@@ -231,15 +231,16 @@ def test_at_one_update_per_batch_the_algorithms_are_one_gradient():
     mask = torch.arange(6) < torch.tensor([[6], [2], [4], [1]])
     plain = gradient(reinforce_loss, old, old, advantages, mask)
     assert (plain[mask] != 0).all() and (plain[~mask] == 0).all()
-    per_token = plain * len(old) / mask.sum() # a mean over all tokens
-    assert torch.allclose(gradient(grpo_loss, old, old, advantages, mask), per_token)
-    assert torch.allclose(gradient(cispo_loss, old, old, advantages, mask), per_token)
-    assert torch.allclose(gradient(gspo_loss, old, old, advantages, mask), plain / mask.sum(1, keepdim=True))
+    assert torch.allclose(gradient(grpo_loss, old, old, advantages, mask), plain)
+    assert torch.allclose(gradient(cispo_loss, old, old, advantages, mask), plain)
+    mean_length = mask.sum() / len(old)
+    assert torch.allclose(gradient(gspo_loss, old, old, advantages, mask), plain * mean_length / mask.sum(1, keepdim=True))
     ref, rewards, values, beta2 = old.sum(1) - 0.3, torch.rand(4, generator=generator), torch.rand(4), 0.05
     now = old + 0.1 * torch.randn(4, 6, generator=generator)
     ours = gradient(lambda x: apo_loss(sequence_logprobs(x, mask), ref, rewards, values, beta2), now)
     pull = beta2 * (sequence_logprobs(now, mask) - ref)
-    assert torch.allclose(ours, gradient(reinforce_loss, now, old, rewards - values - pull, mask), atol=1e-6)
+    theirs = gradient(reinforce_loss, now, old, rewards - values - pull, mask)
+    assert torch.allclose(ours / mean_length, theirs, atol=1e-6)
 
 
 @pytest.mark.parametrize('loss, far', [(grpo_loss, 0.5), (gspo_loss, 0.01)])
@@ -1012,7 +1013,7 @@ def test_learning_rates_follow_their_schedules(tmp_path, monkeypatch):
     run.optimizers, seen[:] = train.make_optimizers(run.model), []
     for run.step in (100, 103):
         train.policy_step(run)
-    assert seen == [pytest.approx(dict(policy=1e-2 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
+    assert seen == [pytest.approx(dict(policy=4e-2 * f, value_head=1e-3 * f)) for f in (1, 0.25)]
 
 
 def test_the_policy_has_a_large_epsilon_in_a_star_po_alone(main, tmp_path, monkeypatch):
@@ -1120,7 +1121,8 @@ def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monk
         error = train.beta2 * log_ratio - (batch.reward - values)
         shift = (batch.reward - values).mean() if centre else 0
         exponent = (batch.reward - heads) / train.beta1
-        loss = (error + shift).square().mean() / (2 * train.beta2) + (exponent.exp() - exponent - 1).mean()
+        loss = (error + shift).square().sum() / batch.mask.sum() / (2 * train.beta2)
+        loss = loss + (exponent.exp() - exponent - 1).mean()
     else:
         groups = batch.reward.view(-1, 4)
         advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)

@@ -70,7 +70,7 @@ algorithm = 'apo' # apo | grpo | rloo | reinforce | rejection | cispo | gspo | a
 max_steps = 32 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
-learning_rate = 1e-2 # AdamW; decays linearly to 0 over max_steps
+learning_rate = 4e-2 # AdamW; decays linearly to 0 over max_steps
 adam_eps = 1e-2 # AdamW's epsilon, large: a parameter with a small gradient takes a small step (apo.py); usual is 1e-8
 grad_clip = 1.0 # clip the gradient's norm here
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
@@ -297,6 +297,7 @@ def policy_step(run):
     started = time.monotonic()
     rewards, total_tokens = batch.reward, all_reduce(batch.mask.sum())
     pieces = pieces_of(run.model, batch.tokens, batch.mask) # micro-batches
+    mean_length = total_tokens / batch_size # of a response
 
     # The reference, and the warmed-up base, which is another model once the reference was
     # refreshed.
@@ -329,7 +330,9 @@ def policy_step(run):
                 loss = run.other.loss(by_token, old_logprobs[i], advantages[rows], mask)
                 weight = mask.sum() * world_size / total_tokens if run.other.per_token else weight
             else:
-                loss = apo_loss(by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2)
+                # Per token, like the others: a mean over responses would be clipped in every step.
+                loss = apo_loss(
+                    by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2) / mean_length
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
             # backward
             run.scaler.scale(loss * weight).backward()

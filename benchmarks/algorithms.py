@@ -39,7 +39,7 @@ from sample import COLORS, read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
 RATES = ('2e-4', '4e-4', '8e-4') # of AdamW
-LARGE_RATES = ('5e-3', '1e-2', '2e-2') # with a large epsilon
+LARGE_RATES = ('1e-2', '2e-2', '4e-2') # with a large epsilon
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
 TWICE_AS_MANY = ', 14,336 responses'
 SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
@@ -54,7 +54,7 @@ AS_OURS = { # with our epsilon and our bound
 ALGORITHMS = AS_OURS | {
     'A*PO, plain AdamW': [*OURS, *ADAMW],
     'A*PO as published': [*PLAIN, '--centre=False', '--num_train_samples=256', '--fresh_prompts=False',
-                          '--grad_clip=500', '--beta2=1e-3'],
+                          '--beta2=1e-3'],
     'GRPO': [*PLAIN, '--algorithm=grpo'],
     'RLOO': [*PLAIN, '--algorithm=rloo'],
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
@@ -69,7 +69,7 @@ MANY = {'GRPO': ALGORITHMS['GRPO']} | { # several updates per batch: where the r
     'A*PO, 2 updates, beta2=0.05': [*OURS, '--updates_per_batch=2', '--beta2=0.05']}
 ABLATIONS = {' '.join(settings).replace('--', '') or 'A*PO': [*OURS, *settings] for settings in (
     [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--max_step_kl=0'],
-    ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--grad_clip=500'], ['--beta1=0.1'], ['--beta1=5'],
+    ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--beta1=0.1'], ['--beta1=5'],
     ['--beta2=1e-3'], ['--beta2=1e-1'], ['--ref_update_interval=20'])} | {
     'num_train_samples=256': ['--num_train_samples=256'],
     'num_train_samples=256 fresh_prompts=False': ['--num_train_samples=256', '--fresh_prompts=False']}

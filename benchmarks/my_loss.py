@@ -9,7 +9,7 @@ the mean reward, so that right responses count for more than wrong ones.
 gradient, old_logprobs, those of the policy that sampled, and mask, (B, T), and advantages, (B,).
 """
 grouped = False # True: --num_responses_per_prompt responses to every prompt; else one
-per_token = False # True: the loss is a mean over the tokens under the mask; else over responses
+per_token = True # True: the loss is a mean over the tokens under the mask; else over responses
 
 
 def advantages(rewards):
@@ -17,4 +17,4 @@ def advantages(rewards):
 
 
 def loss(logprobs, old_logprobs, advantages, mask):
-    return -(advantages * (logprobs * mask).sum(dim=1)).mean()
+    return -(advantages[:, None] * logprobs * mask).sum() / mask.sum()
