@@ -5,19 +5,25 @@ it uses; and on a GPU how many tokens a second an update computes, against a mat
     python benchmarks/decoding.py                             # on a GPU two minutes; on a CPU the small model only
     python benchmarks/decoding.py --sizes small --rows 1 32 128
     python benchmarks/decoding.py --profile                   # where a step of the small model spends its time on a CPU
+    python benchmarks/decoding.py --count                     # what a recorded step asks of a GPU, without one: 10 seconds
 
 Random weights, no response ends before the limit. On a GPU a step is recorded once and repeated
 (model.Decoding.step); the column beside it is the same step started by Python. The bytes that must move are
 the weights once and the keys and values so far; the bandwidth is that of a large copy, counted both ways.
 """
 import argparse
+import math
 import os
 import statistics
 import sys
 import time
 
 import torch
+import torch.nn.functional as F
+from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
@@ -37,7 +43,10 @@ def main():
     parser.add_argument('--sizes', nargs='+', choices=MODELS, help='default: all on a GPU, small on a CPU')
     parser.add_argument('--rows', nargs='+', type=int, default=[1, 32, 128, 1024])
     parser.add_argument('--profile', action='store_true')
+    parser.add_argument('--count', action='store_true')
     args = parser.parse_args()
+    if args.count:
+        return print_count(args.sizes or MODELS, args.rows)
     if args.profile:
         return print_profile(build('small', 'cpu').requires_grad_(False), args.rows)
     device = pick_device('auto')
@@ -121,6 +130,82 @@ def share(operations, *names):
     """Return which share of the time the operations of these names took."""
     spent = sum(one.self_cpu_time_total for one in operations if one.key in names)
     return spent / sum(one.self_cpu_time_total for one in operations)
+
+
+class Norms(TorchFunctionMode):
+    """Take a norm for one kernel, as it is on a GPU, where a CPU computes it in several."""
+
+    def __init__(self, counter):
+        super().__init__()
+        self.counter = counter
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.counter.inside_norm = function is F.rms_norm
+        result = function(*args, **(kwargs or {}))
+        if self.counter.inside_norm:
+            self.counter.inside_norm = False
+            self.counter.count('norm', args[:1], result)
+        return result
+
+
+class Counter(TorchDispatchMode):
+    """Count the kernels that a step starts, and the bytes that they read and write, each tensor once a kernel."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernels, self.moved, self.attention, self.inside_norm = 0, 0, 0, False
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if not self.inside_norm and not function.is_view and 'view' not in str(function):
+            self.count(str(function), (args, kwargs), result)
+        return result
+
+    def count(self, name, inputs, result):
+        read, written = (sum(map(bytes_of, tree_leaves(part))) for part in (inputs, result))
+        if 'index_put' in name: # only what is written of a cache moves
+            read = written = bytes_of(inputs[0][2])
+        elif 'index' in name or 'embedding' in name: # only what is chosen moves
+            read = written
+        self.kernels += 1
+        self.moved += read + written
+        self.attention += (read + written) * ('bmm' in name)
+
+
+def bytes_of(x):
+    """Return the bytes of a tensor; what is expanded is read once."""
+    if not torch.is_tensor(x):
+        return 0
+    return x.element_size() * math.prod(size for size, stride in zip(x.shape, x.stride()) if stride)
+
+
+def counted_step(model, rows):
+    """Return (kernels, bytes, bytes of the products of attention) of a step, which reads keys up to the next multiple
+    of 64: the mean over a whole response."""
+    batch = Decoding(model, [list(range(2, 2 + PROMPT))] * rows, TOKENS, 1.0, [1], torch.rand(rows, TOKENS))
+    batch.read(PROMPT)
+    batch.cache.prepare_graph(batch.at)
+    counts = []
+    for at in range(32, PROMPT + TOKENS, 64):
+        batch.cache.length = at
+        batch.at.fill_(at)
+        with Counter() as counter, Norms(counter):
+            started_by_python(batch)
+        counts.append((counter.kernels, counter.moved, counter.attention))
+    return [statistics.mean(column) for column in zip(*counts)]
+
+
+def print_count(sizes, all_rows):
+    """Print what a recorded step in bfloat16 asks of a GPU. The bytes grow by as much with every row."""
+    print('| model, rows | kernels | GB read and written | of these products of attention | TFLOP of products with weights '
+          '|\n|---|---|---|---|---|')
+    for size in sizes:
+        model = build(size, 'cpu').to(torch.bfloat16).requires_grad_(False)
+        few, more = counted_step(model, 8), counted_step(model, 16)
+        for rows in all_rows:
+            kernels, moved, attention = (a + (b - a) * (rows - 8) / 8 for a, b in zip(few, more))
+            print(f'| {size}, {rows:,} | {kernels:.0f} | {moved / 1e9:.2f} | {attention / 1e9:.2f} '
+                  f'| {2 * rows * model.num_params() / 1e12:.3f} |', flush=True)
 
 
 def print_update(size, tokens, device, dtype, rate):
