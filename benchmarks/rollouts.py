@@ -73,7 +73,10 @@ if same < 0.99 * args.rows: # two equal logits may fall either way
     sys.exit('error: the two do not compute the same thing')
 print('\n| against transformers | ours, tokens/s | theirs | ratio: median (least to greatest) |\n'
       '|---|---|---|---|')
-for dtype, cache in (('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')):
+kinds = [('float32', 'dynamic'), ('float32', 'static'), ('bfloat16', 'dynamic')]
+if device.type == 'cuda':
+    kinds += [('bfloat16', 'static')]
+for dtype, cache in kinds:
     theirs.to(getattr(torch, dtype))
     if device.type == 'cuda': # on a CPU ours is always float32
         model.to(getattr(torch, dtype))
