@@ -1959,7 +1959,7 @@ def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):
         with open(plan[0], 'w') as file:
             json.dump(record, file)
     for name, kl in (('GRPO', 2.0), ('imitation goes on', None)): # imitation has no KL
-        for rate, accuracy in (('2e-4', 0.7), ('4e-4', 0.9), ('8e-4', 0.8)):
+        for rate, accuracy in (('2e-4', 0.7), ('4e-4', 0.9), ('8e-4', 0.9005)): # the last is not better enough
             leave(trials[name, rate][0], accuracy, kl)
     runs = it['fresh_runs'](rows, trials, seeds=2)
     assert list(runs) == ['GRPO', 'GRPO, 14,336 responses', 'imitation goes on'], "RLOO has to wait"
