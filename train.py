@@ -330,7 +330,7 @@ def policy_step(run):
                 loss = run.other.loss(by_token, old_logprobs[i], advantages[rows], mask)
                 weight = mask.sum() * world_size / total_tokens if run.other.per_token else weight
             else:
-                # Per token, like the others: a mean over responses would be clipped in every step.
+                # Per token, like the others: a mean over responses would be clipped in most steps.
                 loss = apo_loss(
                     by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2) / mean_length
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
