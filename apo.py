@@ -109,7 +109,7 @@ def value_loss(values, rewards, beta1):
 # --------------------------------------------------------------------------------------------------
 # The algorithms to compare with: an advantage, one number per response, and a loss. As long as a
 # batch serves one update, the policy is still the one that sampled, every ratio is 1, nothing is
-# clipped, and all these losses have the gradient of reinforce_loss but for how tokens are weighted.
+# clipped, and all these losses but GSPO's have the gradient of reinforce_loss.
 
 def batch_advantages(rewards):
     """Take the batch's mean out of the rewards: REINFORCE with a baseline (Williams, 1992)."""

@@ -324,7 +324,7 @@ def policy_step(run):
             if update == 0:
                 old_logprobs.append(by_token.detach())
                 logprobs[rows] = by_sequence.detach()
-            # loss: a mean over the responses of all ranks, or over their tokens
+            # loss: a mean over the tokens of all ranks; GSPO's and the value head's over the responses
             weight = len(rows) / len(rewards)
             if run.other:
                 loss = run.other.loss(by_token, old_logprobs[i], advantages[rows], mask)
