@@ -43,14 +43,15 @@ Where train.py differs from the paper (RESULTS.md has what each bought). To trai
   - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
     the reference over many steps, it does not bound one. A step of the same learning rate moves a
     base that is unsure of its sums ten to a hundred times further than one that is sure.
-  - AdamW's epsilon is 1e-2, not 1e-8. A gradient is about 1e-4 a parameter or less. With a small epsilon
-    AdamW gives every parameter a step of the same length, also where the gradient is noise, and
-    noise uses up max_step_kl. With a large one a step is about proportional to the gradient, as in
-    SGD with momentum, which does well in RL (arXiv 2602.07729): half of the responses are enough.
+  - AdamW's epsilon is 1e-2, not 1e-8. In countdown a gradient is 1e-4 a parameter or less. With a
+    small epsilon AdamW gives every parameter a step of the same length, also where the gradient is
+    noise, and noise uses up max_step_kl. With a large one a step is about proportional to the
+    gradient, as in SGD with momentum, which does well in RL (arXiv 2602.07729): half of the
+    responses are enough.
   - The loss of a batch is divided by the tokens of an average response. So the gradient is about
     as long as GRPO's, grad_clip does not act, and steps become shorter when less is left to learn.
-    As a mean over responses it is longer by that number, and clipped in most steps. (The authors do
-    not divide by 2 beta2, and theirs is not clipped either.)
+    As a mean over responses it is longer by that number, and clipped in most steps. (The authors
+    do not divide by 2 beta2, and theirs is not clipped either.)
 """
 from typing import Callable, NamedTuple
 
@@ -83,8 +84,7 @@ def apo_loss(logprobs, ref_logprobs, rewards, values, beta2):
 
     Zero exactly when beta2 (logprobs - ref_logprobs) = rewards - values. Divided by 2 beta2, which
     leaves the minimum where it is and brings the gradient to the scale of a policy gradient, (V* -
-    r + beta2 log-ratio) grad log pi: so learning rate and gradient clipping mean what they mean
-    elsewhere.
+    r + beta2 log-ratio) grad log pi. policy_step divides by the tokens of an average response too.
     """
     return residual(logprobs, ref_logprobs, rewards, values, beta2).square().mean() / (2 * beta2)
 

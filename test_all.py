@@ -224,7 +224,7 @@ def gradient(loss, logprobs, *rest):
 
 
 def test_at_one_update_per_batch_the_algorithms_are_one_gradient():
-    """Every ratio is 1: what is left of GRPO, CISPO and GSPO is REINFORCE, but for the weight of a token. And A*PO is
+    """Every ratio is 1: what is left of GRPO and CISPO is REINFORCE, of GSPO but for the weight of a token. And A*PO is
     REINFORCE on r - V* - beta2 log(pi / pi_ref), on any samples."""
     generator = torch.Generator().manual_seed(3)
     old, advantages = -torch.rand(4, 6, generator=generator), torch.randn(4, generator=generator)
@@ -233,8 +233,9 @@ def test_at_one_update_per_batch_the_algorithms_are_one_gradient():
     assert (plain[mask] != 0).all() and (plain[~mask] == 0).all()
     assert torch.allclose(gradient(grpo_loss, old, old, advantages, mask), plain)
     assert torch.allclose(gradient(cispo_loss, old, old, advantages, mask), plain)
+    lengths = mask.sum(1, keepdim=True)
     mean_length = mask.sum() / len(old)
-    assert torch.allclose(gradient(gspo_loss, old, old, advantages, mask), plain * mean_length / mask.sum(1, keepdim=True))
+    assert torch.allclose(gradient(gspo_loss, old, old, advantages, mask), plain * mean_length / lengths)
     ref, rewards, values, beta2 = old.sum(1) - 0.3, torch.rand(4, generator=generator), torch.rand(4), 0.05
     now = old + 0.1 * torch.randn(4, 6, generator=generator)
     ours = gradient(lambda x: apo_loss(sequence_logprobs(x, mask), ref, rewards, values, beta2), now)

@@ -5,7 +5,7 @@ it uses; and on a GPU how many tokens a second an update computes, against a mat
     python benchmarks/decoding.py                             # on a GPU two minutes; on a CPU the small model only
     python benchmarks/decoding.py --sizes small --rows 1 32 128
     python benchmarks/decoding.py --profile                   # where a step of the small model spends its time on a CPU
-    python benchmarks/decoding.py --count                     # what a recorded step asks of a GPU, without one: 10 seconds
+    python benchmarks/decoding.py --count                     # what a recorded step asks of a GPU, without one
 
 Random weights, no response ends before the limit. On a GPU a step is recorded once and repeated
 (model.Decoding.step); the column beside it is the same step started by Python. The bytes that must move are
@@ -40,7 +40,7 @@ PROMPT, TOKENS, LENGTH = 8, 256, 256 # of a prompt, sampled, and of a response i
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument('--sizes', nargs='+', choices=MODELS, help='default: all on a GPU, small on a CPU')
+    parser.add_argument('--sizes', nargs='+', choices=MODELS, help='default: all on a GPU and to count, else small')
     parser.add_argument('--rows', nargs='+', type=int, default=[1, 32, 128, 1024])
     parser.add_argument('--profile', action='store_true')
     parser.add_argument('--count', action='store_true')
@@ -169,7 +169,8 @@ class Counter(TorchDispatchMode):
             read = written
         self.kernels += 1
         self.moved += read + written
-        self.attention += (read + written) * ('bmm' in name)
+        if 'bmm' in name:
+            self.attention += read + written
 
 
 def bytes_of(x):
@@ -196,9 +197,10 @@ def counted_step(model, rows):
 
 
 def print_count(sizes, all_rows):
-    """Print what a recorded step in bfloat16 asks of a GPU. The bytes grow by as much with every row."""
-    print('| model, rows | kernels | GB read and written | of these products of attention | TFLOP of products with weights '
-          '|\n|---|---|---|---|---|')
+    """Print what a recorded step in bfloat16 asks of a GPU. Every row adds as many bytes, so 8 and 16 rows are enough
+    to know all others."""
+    print('| model, rows | kernels | GB read and written | of these products of attention '
+          '| TFLOP of products with weights |\n|---|---|---|---|---|')
     for size in sizes:
         model = build(size, 'cpu').to(torch.bfloat16).requires_grad_(False)
         few, more = counted_step(model, 8), counted_step(model, 16)

@@ -68,8 +68,8 @@ ROWS = {
 HEADLINES = ['countdown', 'countdown_gpu', 'multiplication', 'others', 'smollm2_gpu'] # in README.md
 STUDENT = {3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365, 9: 2.306, 10: 2.262} # by the number of seeds
 PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'steps_equal', 'updates', 'commits',
-           'commits_smollm2', 'decoding', 'decoding_gpu', 'decoding_count', 'execution', 'responses', 'responses_searches', 'growth',
-           'plan']
+           'commits_smollm2', 'decoding', 'decoding_gpu', 'decoding_count', 'execution', 'responses',
+           'responses_searches', 'growth', 'plan']
 PAGES = {'README.md': ['summary'],
          'RESULTS.md': ['runs', 'runs_gpu', 'difficulty', 'steady', 'epsilon', 'algorithms', *PRINTED]}
 
