@@ -1467,7 +1467,7 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("solution = None", "cannot use --task=.*mine.py with these settings: .*TypeError in line .*py"),
     ("def solution(self, problem): return self.truth", "has no attribute 'truth' .*in line 5 of .*mine.py"),
     ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
-    ("def grade(self, problem, response): return Grade(1.0, True, True)", "'Grade' is not defined .*in line 5 of .*mine"),
+    ("def grade(self, problem, response): return Grade(1.0, True, True)", "'Grade' is not defined .*in line 5 of .*"),
     ("def grade(self, problem, response): return int(response)", "ValueError"),
     ("def difficulty(self, problem): return self.level", "no attribute 'level' .*in line 5 of .*mine.py"),
     ("def problem(self, rng): return {}['size']", "'size' .KeyError in line 5 of .*mine.py"),
@@ -1488,7 +1488,7 @@ def test_a_mistake_in_a_task_of_ones_own_gets_one_clear_line_before_training(mai
 
 def test_a_file_of_ones_own_may_import_what_lies_beside_it(monkeypatch, tmp_path):
     monkeypatch.setattr(sys, 'path', [*sys.path]) # as it was, afterwards
-    (tmp_path / 'beside_it.py').write_text('SIZES = dict(max_steps=7)\n\n\ndef loss(*args):\n    return args[0].sum()\n')
+    (tmp_path / 'beside_it.py').write_text('SIZES = dict(max_steps=7)\n\ndef loss(*args):\n    return args[0].sum()\n')
     (tmp_path / 'mine.py').write_text(
         'from beside_it import SIZES, loss\nfrom tasks import Chain\n\n\nclass Mine(Chain):\n    defaults = SIZES\n')
     assert find_task(f'{tmp_path}/mine.py').defaults == dict(max_steps=7)
