@@ -1495,6 +1495,15 @@ def test_a_file_of_ones_own_may_import_what_lies_beside_it(monkeypatch, tmp_path
     assert train.find_algorithm(f'{tmp_path}/mine.py').loss(torch.ones(3)) == 3
 
 
+def test_what_a_loss_of_ones_own_leaves_out_is_that_of_reinforce(tmp_path):
+    mine, reinforce = tmp_path / 'mine.py', train.ALGORITHMS['reinforce']
+    mine.write_text('def loss(*args): pass\n')
+    assert train.find_algorithm(str(mine))._replace(loss=reinforce.loss) == reinforce
+    mine.write_text('def loss(*args): pass\n\nadvantages, grouped, per_token = abs, True, False\n')
+    advantages, _, *constants = train.find_algorithm(str(mine))
+    assert advantages is abs and constants == [True, False]
+
+
 @pytest.mark.parametrize('variables, words', [
     (dict(WORLD_SIZE='2'), 'start with torchrun'), (dict(RANK='', WORLD_SIZE='2'), 'start with torchrun'),
     (dict(RANK='1'), 'start with torchrun'), (dict(RANK='two', WORLD_SIZE='4'), "invalid literal"),

@@ -940,19 +940,18 @@ def open_start(start, folder):
 
 
 def find_algorithm(name):
-    """Return the Algorithm of that name, None for A*PO, or that of a file: its functions `loss`
-    and, where it has it, `advantages`, and its constants `grouped` and `per_token`, where one is
-    True."""
+    """Return the Algorithm of that name, None for A*PO, or that of a file: its `loss`, and in the
+    place of what else it does not define, `advantages`, `grouped` and `per_token`, REINFORCE's."""
     if name == 'apo' or name in ALGORITHMS:
         return ALGORITHMS.get(name)
     if not name.endswith('.py'):
         fail(f"--algorithm must be {', '.join(['apo', *ALGORITHMS])} or a file that ends in .py, not {name!r}")
     with one_line(f'--algorithm={name}'):
-        parts = run_file(os.path.expanduser(name), 'algorithm_file')
-        if not callable(parts.get('loss')):
+        defined = run_file(os.path.expanduser(name), 'algorithm_file')
+        if not callable(defined.get('loss')):
             raise ValueError('it defines no function `loss`')
-        return Algorithm(parts.get('advantages', ALGORITHMS['reinforce'].advantages), parts['loss'],
-                         parts.get('grouped', False), parts.get('per_token', False))
+        own = {part: defined[part] for part in Algorithm._fields if part in defined}
+        return ALGORITHMS['reinforce']._replace(**own)
 
 
 def claim(folder):
