@@ -1250,6 +1250,20 @@ def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
         assert (len(re.findall(advice, said)) == 1) if advice else said == '', "a run that learns gets no advice"
 
 
+def test_the_time_left_counts_evaluations_and_starts_anew_in_each_phase(tmp_path, capsys):
+    run = ready(tmp_path, '--warmup_steps=100', '--max_steps=10')
+    def left(step, phase, elapsed):
+        run.step, run.started = step, time.monotonic() - elapsed
+        metrics = dict.fromkeys(('loss', 'reward', 'accuracy', 'kl', 'length', 'truncated', 'base_kl'), 0.5)
+        train.report(run, phase, dict(metrics, tokens=100, seconds_update=2.0))
+        return float(re.search(r'([0-9.]+) min left', capsys.readouterr().out)[1])
+    capsys.readouterr()
+    assert left(1, 'warm-up', 2) == pytest.approx(99 * 2 / 60, abs=0.06)
+    assert left(100, 'warm-up', 900) == 0
+    assert left(101, 'apo', 1000) == pytest.approx(9 * 2 / 60, abs=0.06), "nothing between the phases counts"
+    assert left(105, 'apo', 1028) == pytest.approx(5 * 6 / 60, abs=0.06), "evaluations count: 5 steps in 30 s"
+
+
 def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path):
     run = ready(tmp_path, '--keep_checkpoints=1')
     run.best = (0.9, 61)

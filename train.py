@@ -149,7 +149,7 @@ class Run:
     track: object = None # a function that sends numbers to wandb
     started: float = dataclasses.field(default_factory=time.monotonic) # less earlier sessions
     stopping: bool = False # a signal asked this process to stop
-    pace: float = 0.0 # seconds per step, a moving average
+    began: tuple = (-1, 0.0) # step and second at which this session's part of the phase began
     rewards: list = dataclasses.field(default_factory=list) # of this session's steps, for hints
     hints: list = dataclasses.field(default_factory=list) # that were given
 
@@ -1092,13 +1092,15 @@ def report(run, phase, metrics, every=1):
     record(run, LOGS[0], dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
     first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
     seconds = sum(value for name, value in metrics.items() if name.startswith('seconds_'))
-    run.pace = seconds if run.step == first + 1 or not run.pace else 0.9 * run.pace + 0.1 * seconds
+    if run.began[0] < first: # the first step of a phase
+        run.began = run.step - 1, run.seconds - seconds
+    pace = (run.seconds - run.began[1]) / (run.step - run.began[0]) # with the evaluations in between
     if (run.step - first) % every == 0 or run.step in (first + 1, last):
         shown = dict(loss=3) if phase == 'warm-up' else dict(reward=3, accuracy=3, kl=2, length=0, truncated=2)
         print0(f"{phase} {run.step - first}/{last - first}",
                *[f'{name} {metrics[name]:.{digits}f}' for name, digits in shown.items()],
                f"{metrics['tokens'] / max(seconds, 1e-3):,.0f} tokens/s  {run.seconds / 60:.1f} min, "
-               f"{run.pace * (last - run.step) / 60:.1f} min left", sep='  ')
+               f"{pace * (last - run.step) / 60:.1f} min left", sep='  ')
     if phase != 'warm-up':
         hint(run, metrics)
 
