@@ -6,7 +6,7 @@ responses.
     python benchmarks/algorithms.py --jobs=8                   # on a GPU, where a run takes about half a minute
     python benchmarks/algorithms.py --mine=benchmarks/my_loss.py '--only=mine;GRPO'     # a loss of one's own
     python benchmarks/algorithms.py --table=many_updates       # 1, 2 and 4 updates per batch
-    python benchmarks/algorithms.py --table=ablations          # A*PO with one setting changed
+    python benchmarks/algorithms.py --table=ablations          # the default with one setting changed
     python benchmarks/algorithms.py --dry_run                  # what is still to do, and the tables so far
 
 Each algorithm takes the best of three learning rates, chosen on another fold of the problems with two
@@ -50,6 +50,7 @@ PLAIN = ['--max_step_kl=0', *ADAMW] # without our bound on a step, which the oth
 AS_OURS = { # with our epsilon and our bound
     'A*PO': OURS,
     'GRPO, as A*PO': ['--algorithm=grpo'],
+    'RLOO, as A*PO': ['--algorithm=rloo'],
     'REINFORCE, as A*PO': ['--algorithm=reinforce'],
     'rejection sampling, as A*PO': ['--algorithm=rejection']}
 ALGORITHMS = AS_OURS | {
@@ -72,11 +73,9 @@ MANY = { # several updates per batch: where the ratio is not 1
     'GRPO': ALGORITHMS['GRPO']} | {
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name.lower()}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('GRPO', 'CISPO', 'GSPO')}
-ABLATIONS = {' '.join(settings).replace('--', '') or 'A*PO': [*OURS, *settings] for settings in (
-    [], ['--centre=False'], ['--centre=False', '--value_learning_rate=1e-2'], ['--max_step_kl=0'],
-    ['--max_step_kl=0.001'], ['--max_step_kl=0.02'], ['--beta1=0.1'], ['--beta1=5'],
-    ['--beta2=1e-3'], ['--beta2=1e-1'], ['--ref_update_interval=20'])} | {
-    'num_train_samples=256': ['--num_train_samples=256'],
+ABLATIONS = AS_OURS | {words.replace('--', ''): [*OURS, *words.split()] for words in ( # one setting changed
+    '--centre=False', '--centre=False --value_learning_rate=1e-2', '--max_step_kl=0', '--max_step_kl=0.02',
+    '--adam_eps=1e-8', '--beta1=0.1', '--beta1=5', '--beta2=1e-3', '--beta2=1e-1', '--ref_update_interval=10')} | {
     'num_train_samples=256 fresh_prompts=False': ['--num_train_samples=256', '--fresh_prompts=False']}
 
 
