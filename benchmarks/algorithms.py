@@ -74,8 +74,10 @@ MANY = { # several updates per batch: where the ratio is not 1
     f'{name}, {updates} updates': [*PLAIN, f'--algorithm={name.lower()}', f'--updates_per_batch={updates}']
     for updates in (2, 4) for name in ('GRPO', 'CISPO', 'GSPO')}
 ABLATIONS = AS_OURS | {words.replace('--', ''): [*OURS, *words.split()] for words in ( # one setting changed
-    '--centre=False', '--centre=False --value_learning_rate=1e-2', '--max_step_kl=0', '--max_step_kl=0.02',
-    '--adam_eps=1e-8', '--beta1=0.1', '--beta1=5', '--beta2=1e-3', '--beta2=1e-1', '--ref_update_interval=10')} | {
+    '--max_step_kl=0', '--max_step_kl=0.02', '--adam_eps=1e-8 --learning_rate=8e-4',
+    '--adam_eps=1e-8 --learning_rate=8e-4 --max_step_kl=0', '--centre=False',
+    '--centre=False --value_learning_rate=1e-2', '--beta1=0.1', '--beta1=5', '--beta2=1e-3', '--beta2=1e-1',
+    '--ref_update_interval=10')} | {
     'num_train_samples=256 fresh_prompts=False': ['--num_train_samples=256', '--fresh_prompts=False']}
 
 
@@ -130,7 +132,8 @@ def at_one_rate(rows, seeds=(1, 2)):
     """Return the runs of each row at one rate, {name: plans}, on another fold."""
     runs = {}
     for name, settings in rows.items():
-        rate = '4e-2' if rates_of(settings) is LARGE_RATES else '4e-4'
+        own = [word.partition('=')[2] for word in settings if word.startswith('--learning_rate=')]
+        rate = own[0] if own else '4e-2' if rates_of(settings) is LARGE_RATES else '4e-4'
         runs[name] = [plan(name, settings, seed, BUDGET // 2, rate, fold=1) for seed in seeds]
     return runs
 
