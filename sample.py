@@ -417,17 +417,22 @@ def task_class(name):
 
 
 def make_task(name, settings, words=()):
-    """Return the task of that name, or of that file, with its parameters among the settings, or
-    among words such as --max_number=99."""
+    """Return the task of that name, or of that file, with its parameters among the settings, where
+    these are that task's, or among words such as --max_number=99."""
     kind = task_class(name)
     given, left_over = read_arguments(words, parameters(kind))
     if left_over:
         refuse(left_over[0], parameters(kind), name)
-    settings = settings | given
+    known = settings if same_task(settings.get('task', name), name) else {}
     with one_line(f'--task={name}'):
-        made = kind(**{k: settings[k] for k in parameters(kind) if k in settings})
+        made = kind(**{k: known[k] for k in parameters(kind) if k in known} | given)
         made.fold = settings.get('fold', 0) # pretrained weights that were not trained here name none
         return made
+
+
+def same_task(a, b):
+    """Say whether two names mean the same task; its file may have moved."""
+    return os.path.basename(a) == os.path.basename(b)
 
 
 def make_tokenizer(state, task, name, num_examples):

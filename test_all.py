@@ -1264,6 +1264,14 @@ def test_the_time_left_counts_evaluations_and_starts_anew_in_each_phase(tmp_path
     assert left(105, 'apo', 1028) == pytest.approx(5 * 6 / 60, abs=0.06), "evaluations count: 5 steps in 30 s"
 
 
+def test_an_evaluation_of_more_responses_is_recorded_and_none_twice(tmp_path):
+    run = ready(tmp_path, '--num_eval_samples=400')
+    for one_in in (8, 1, 1): # on the way, at an end that came early, and when that is resumed
+        train.log_evaluation(run, 'now', one_in)
+    counts = [row['count'] for row in metrics(tmp_path) if row['phase'] == 'evaluation']
+    assert len(counts) == 2 and counts[0] < counts[1]
+
+
 def test_the_checkpoint_of_the_best_evaluation_is_kept(tmp_path):
     run = ready(tmp_path, '--keep_checkpoints=1')
     run.best = (0.9, 61)
@@ -1488,6 +1496,7 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("from tasks import Nothing", "cannot import name 'Nothing' .*in line 5 of .*mine.py"),
     ("tokens = property(lambda self: None, lambda self, value: None)", "has no `tokens`"),
     ("defaults = dict(max_steps='5')", "--max_steps must be int, not '5'"),
+    ("defaults = dict(algorithm='grpo')", "name algorithm, which only the command line can choose"),
     ("defaults = dict(batch_size=2.5)", "--batch_size must be int, not 2.5"),
     ("def problem(self, rng): return (1, 2)", r"\(1, 2\) is no text, so Mine needs a method `canonical`"),
     ("tokens = property(lambda self: list('012'), lambda self, value: None)", "mine.py: a vocabulary must hold TAGS"),
@@ -1534,6 +1543,26 @@ def test_cluster_variables_that_are_half_set_get_one_line(monkeypatch, variables
     for name in variables:
         monkeypatch.delenv(name)
     train.read_cluster()
+
+
+def test_a_task_does_not_take_the_parameters_of_another_ones_checkpoint(tmp_path):
+    words = [f'--init_from={HERE}/assets/countdown_base.pt', f'--out_dir={tmp_path}/run', '--device=cpu']
+    for task, most in (('countdown', 4), (f'{HERE}/examples/larger.py', 5)): # the checkpoint has 4
+        assert train.configure([*words, f'--task={task}'])[0]['max_numbers'] == most
+        checkpoint = sample.open_model(f'{HERE}/assets/countdown_base.pt')
+        assert sample.load(checkpoint, 'it', 'cpu', task)[1].max_numbers == most
+    (tmp_path / 'countdown').mkdir() # a task's file may move
+    shutil.copy(f'{HERE}/examples/larger.py', tmp_path / 'countdown')
+    moved = dict(task=f'{HERE}/examples/larger.py', max_numbers=6, fold=3)
+    task = sample.make_task(f'{tmp_path}/countdown/larger.py', moved)
+    assert (task.max_numbers, task.fold) == (6, 3)
+
+
+def test_pretrained_weights_on_a_laptop_are_evaluated_as_often_as_the_task_bears():
+    weights = dict(task='', tokenizer={}, settings={}, config=ModelConfig(10))
+    for defaults, responses in ((dict(), 640), (dict(num_eval_samples=200), 200)):
+        kind = type('Kind', (train.TASKS['chain'],), dict(defaults=defaults))
+        assert train.what_fits(kind, 'cpu', weights)['num_eval_samples'] == responses
 
 
 def test_help_lists_every_setting_and_those_of_the_tasks(capsys):
@@ -1964,6 +1993,8 @@ def test_the_benchmark_counts_responses_and_reads_its_records():
     found = it['evaluations_of'](rows, steps, 32 * 128)
     assert [point[0] for point in found] == [0, 2048, 3072, 4096]
     assert [point[3] for point in found] == pytest.approx([0, 1.65, 2.45, 3.15], abs=0.06)
+    imitated = it['evaluations_of'](rows, [], 32 * 16)
+    assert [point[0] for point in imitated] == [0, 256, 384, 512]
     record = dict(evaluations=found)
     assert it['reached'](record, 0.8, 0) == 3072 and it['reached'](record, 0.99, 1) is None
     assert it['accuracy_at_kl'](record, 2.0) == pytest.approx(0.76 + 0.08 * 0.25 / 0.7, abs=0.01)
@@ -1972,6 +2003,9 @@ def test_the_benchmark_counts_responses_and_reads_its_records():
         command = it['plan'](name, it['ALGORITHMS'][name], 1, 7168, '4e-4')[2]
         assert {f'--max_steps={steps}', '--learning_rate=4e-4', '--fold=0'} <= set(command)
     assert it['OURS'] == [f"--num_train_samples={train.SETTINGS['num_train_samples']}"]
+    for name, eps in (('A*PO', '1e-2'), ('A*PO, plain AdamW', '1e-8')): # on a GPU, whose default is another, too
+        command = it['plan'](name, it['ALGORITHMS'][name], 1, 7168, '2e-2')[2]
+        assert [word for word in command if 'adam_eps' in word][-1] == f'--adam_eps={eps}'
 
 
 def test_the_benchmark_chooses_a_rate_and_shows_what_is_there(tmp_path):

@@ -43,7 +43,7 @@ from model import ModelConfig, Transformer, embed_numbers, micro_batches, packs,
 from sample import (
     EVAL, FORMAT, STAGE1, TRAIN, WARMUP, checkpoints, evaluate, fail, find_checkpoint, held_out_problems,
     load_checkpoint, make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
-    read_arguments, read_log, refuse, respond, run_script, summarize, task_class, trusted, weights_of)
+    read_arguments, read_log, refuse, respond, run_script, same_task, summarize, task_class, trusted, weights_of)
 from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer, run_file
 
 # ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
@@ -71,7 +71,7 @@ max_steps = 32 # steps after the warm-up, each on a batch of responses
 batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-2 # AdamW; decays linearly to 0 over max_steps
-adam_eps = 1e-2 # AdamW's epsilon, large: a parameter with a small gradient takes a small step (apo.py); usual is 1e-8
+adam_eps = 1e-2 # AdamW's epsilon in A*PO, large: a small gradient then makes a small step (apo.py); 1e-8: usual
 grad_clip = 1.0 # clip the gradient's norm here, which A*PO's does not reach
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
@@ -123,7 +123,7 @@ LAPTOP = PRETRAINED | dict(
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from', 'algorithm') # names or paths
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('evaluated', 'best', 'tracker_id', 'step') # a checkpoint has these of a Run
+PLAIN = ('last_evaluation', 'best', 'tracker_id', 'step') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
 
@@ -143,7 +143,7 @@ class Run:
     other: Algorithm = None # what takes the place of A*PO
     stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
-    evaluated: int = -1 # the step of the last evaluation
+    last_evaluation: tuple = (-1, 0) # its step and its number of responses
     best: tuple = (0.0, 0) # accuracy and step of the best evaluation, whose checkpoint is kept
     tracker_id: str = None # of the run at wandb
     track: object = None # a function that sends numbers to wandb
@@ -171,7 +171,7 @@ def main():
 
     # Warm-up: imitate demonstrations, until the model knows the format and some of the task.
     while run.step < warmup_steps:
-        if run.step and run.step % (50 * eval_interval) == 0 and run.evaluated < run.step:
+        if run.step and run.step % (50 * eval_interval) == 0 and run.last_evaluation[0] < run.step:
             log_evaluation(run, f'at step {run.step} of the warm-up', one_in=8)
         report(run, 'warm-up', warm_up_step(run), every=20)
         checkpoint_if_due(run)
@@ -181,7 +181,7 @@ def main():
 
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
-        if stage2_step % eval_interval == 0 and run.evaluated < run.step:
+        if stage2_step % eval_interval == 0 and run.last_evaluation[0] < run.step:
             when, one_in = (f'at step {stage2_step}', 8) if stage2_step else ('after the warm-up', 1)
             log_evaluation(run, when, one_in)
             save_checkpoint(run)
@@ -251,7 +251,7 @@ def estimate_values(run):
     values = optimal_value(rewards, beta1) # (num_train_samples,)
     unsolved = (rewards == 0).all(1).float().mean().item()
     print0(f"stage 1: mean reward {rewards.mean():.3f}, mean V* {values.mean():.3f}, "
-           f"{unsolved:.1%} of the prompts never solved")
+           f"{unsolved:.1%} of the prompts never rewarded")
     if unsolved == 1:
         cut_off = all_reduce(batch.truncated.mean()).item() / world_size
         fail(f"every reward of stage 1 is zero, {cut_off:.0%} of the responses were cut off: give more --warmup_steps, "
@@ -311,8 +311,8 @@ def policy_step(run):
     else:
         values = predicted_values(run, batch) if stored_values is None else stored_values # V*, (B,)
     shift = all_reduce((rewards - values).mean()) / world_size if centre else 0.0
-    logprobs = torch.zeros_like(rewards) # (B,)
-    old_logprobs = [] # of every token, by the policy before this batch
+    old_by_sequence = torch.zeros_like(rewards) # (B,), log-probabilities by the policy before this batch
+    old_by_token = [] # those of every token, (b, T) for each piece
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     before = [p.detach().clone() for p in policy_parameters(run)] if max_step_kl else []
     step_kl = 0.0 # not measured where it has no bound
@@ -322,15 +322,15 @@ def policy_step(run):
             by_token, head_values = token_logprobs(run.model, tokens, mask, temperature, dtype)
             by_sequence = sequence_logprobs(by_token, mask) # (b,)
             if update == 0:
-                old_logprobs.append(by_token.detach())
-                logprobs[rows] = by_sequence.detach()
+                old_by_token.append(by_token.detach())
+                old_by_sequence[rows] = by_sequence.detach()
             # loss: a mean over the tokens of all ranks; GSPO's and the value head's over the responses
             weight = len(rows) / len(rewards)
             if run.other:
-                loss = run.other.loss(by_token, old_logprobs[i], advantages[rows], mask)
+                loss = run.other.loss(by_token, old_by_token[i], advantages[rows], mask)
                 weight = mask.sum() * world_size / total_tokens if run.other.per_token else weight
             else:
-                # Per token, like the others: a mean over responses would be clipped in most steps.
+                # Divided by the mean length, so per token too: else it would be clipped in most steps.
                 loss = apo_loss(
                     by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2) / mean_length
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
@@ -338,10 +338,10 @@ def policy_step(run):
             run.scaler.scale(loss * weight).backward()
         grad_norm = optimizer_step(run) # clips, steps, clears
         if max_step_kl:
-            step_kl = bound_step(run, before, pieces, old_logprobs)
+            step_kl = bound_step(run, before, pieces, old_by_token)
     run.step += 1
     batch.seconds['update'] = time.monotonic() - started - batch.seconds['reference']
-    return dict(step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values),
+    return dict(step_metrics(batch, old_by_sequence, ref_logprobs, base_logprobs, values),
                 grad_norm=grad_norm, step_kl=step_kl, tokens=int(total_tokens),
                 **{f'seconds_{part}': round(batch.seconds[part], 3) for part in PARTS})
 
@@ -354,7 +354,7 @@ def other_advantages(run, rewards):
     return advantages.flatten()[list(share(batch_size))]
 
 
-def bound_step(run, before, pieces, old_logprobs):
+def bound_step(run, before, pieces, old_by_token):
     """
     Measure how far the policy has moved from the one before this batch, whose weights were
     `before`, and go back part of the way where that is more than max_step_kl. Returns the KL before
@@ -366,13 +366,14 @@ def bound_step(run, before, pieces, old_logprobs):
     """
     moved = torch.zeros((), device=device)
     with torch.no_grad():
-        for (_, tokens, mask), old in zip(pieces, old_logprobs):
+        for (_, tokens, mask), old_logprobs in zip(pieces, old_by_token):
             logprobs, _ = token_logprobs(run.model, tokens, mask, temperature, dtype)
-            moved += F.smooth_l1_loss(logprobs, old, reduction='sum')
+            # x²/2 up to 1, then |x| - 1/2; outside the mask both are 0
+            moved += F.smooth_l1_loss(logprobs, old_logprobs, reduction='sum')
         step_kl = all_reduce(moved).item() / batch_size
         if step_kl > max_step_kl:
-            for p, old in zip(policy_parameters(run), before):
-                p.lerp_(old, 1 - math.sqrt(max_step_kl / step_kl))
+            for p, old_weight in zip(policy_parameters(run), before):
+                p.lerp_(old_weight, 1 - math.sqrt(max_step_kl / step_kl))
     return step_kl
 
 
@@ -399,8 +400,9 @@ def responses_per_prompt(other):
 
 
 def step_metrics(batch, logprobs, ref_logprobs, base_logprobs, values):
-    """Average the metrics of a step over the responses of all ranks."""
-    error = residual(logprobs, ref_logprobs, batch.reward, values, beta2)
+    """Average the metrics of a step over the responses of all ranks. logprobs are those of the
+    policy that sampled, so kl is an estimate of its KL to the reference, in nats a response."""
+    error = residual(logprobs, ref_logprobs, batch.reward, values, beta2) # before V* is shifted
     columns = dict(
         reward=batch.reward, accuracy=batch.correct, formatted=batch.formatted,
         truncated=batch.truncated, length=batch.length, kl=logprobs - ref_logprobs,
@@ -468,8 +470,10 @@ def look(run):
     print0(f"of 8 responses {result['formatted']:.0%} have the format, {result['accuracy']:.0%} are right, "
            f"{result['truncated']:.0%} are cut off at {max_new_tokens} tokens; they took {minutes:.1f} min, "
            f"and a step samples {batch_size}")
-    print0(f"weights, gradients, optimizer and copies need {24 * params / 1e9:.1f} GB of memory, "
-           f"each checkpoint {16 * params / 1e9:.1f} GB of disk")
+    width = 4 if dtype == 'float32' else 2 # bytes of a number in the copies that compute
+    memory = 16 + 4 * (max_step_kl > 0) + 2 * width # a parameter: weight, gradient, optimizer; before a step; copies
+    print0(f"weights, gradients, optimizer and copies need {memory * params / 1e9:.1f} GB of memory, "
+           f"each checkpoint {(12 + width) * params / 1e9:.1f} GB of disk")
     if not result['formatted']:
         print0(f"hint: nothing has the format: raise --num_examples={num_examples} (a task without demonstrations "
                "has none) or --max_new_tokens, or change FORMS in tasks.py")
@@ -493,11 +497,11 @@ def log_evaluation(run, when, one_in=1):
     print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}, "
            f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
            f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
-    if run.evaluated != run.step: # a finished run that is resumed has it in its logs
+    if run.last_evaluation != (run.step, len(rows)): # a finished run that is resumed has it in its logs
         record(run, LOGS[0], dict(step=run.step, seconds=seconds, phase='evaluation', **result))
         for row in rows[::repeat][:8]:
             record(run, LOGS[1], dict(step=run.step, **row))
-    run.evaluated = run.step
+    run.last_evaluation = run.step, len(rows)
     if run.step >= warmup_steps: # each of these evaluations leaves a checkpoint
         run.best = max(run.best, (result['accuracy'], run.step))
     try:
@@ -798,31 +802,22 @@ def configure(argv):
         for name in ('task', 'algorithm'):
             stored = checkpoint['settings'][name]
             paths[name] = trusted(paths['out_dir'], stored, paths[name] if name in given else '', f'--{name}')
-    name = paths['task']
-    kind = task_class(name)
+    kind = task_class(paths['task'])
     defaults = SETTINGS | parameters(kind)
     for setting in SETTINGS.keys() & parameters(kind).keys():
-        fail(f"--task={name} takes {setting}, which is a setting of train.py: give its parameter another name")
+        fail(f"--task={paths['task']} takes {setting}, which is a setting of train.py: give its parameter another name")
     given, left_over = read_arguments(argv, defaults)
     if left_over:
-        refuse(left_over[0], defaults, name)
+        refuse(left_over[0], defaults, paths['task'])
     given |= paths
 
-    stored, fits = checkpoint['settings'] if checkpoint else {}, dict(kind.defaults)
+    stored = checkpoint['settings'] if checkpoint else {}
     pretrained = bool(checkpoint) and isinstance(checkpoint['tokenizer'], dict) # here or for an earlier run
     if 'num_examples' in given and not pretrained:
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     device = pick_device(given.get('device', stored['device'] if resuming else 'auto'))
-    if device.startswith('cuda'): # a Mac's GPU is taken for a laptop's
-        fits |= GPU
-    if checkpoint:
-        if pretrained:
-            fits |= PRETRAINED if device.startswith('cuda') else LAPTOP
-        kept = [setting for setting in (*parameters(kind), 'fold', 'num_examples') if setting in stored]
-        fits |= dict(warmup_steps=0) | {setting: stored[setting] for setting in kept}
-        fits |= {setting: getattr(checkpoint['config'], setting) for setting in MODEL}
-    if resuming:
-        fits = stored
+    of_this_task = same_task(stored.get('task', ''), paths['task'])
+    fits = stored if resuming else what_fits(kind, device, checkpoint, of_this_task)
     settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
@@ -839,11 +834,27 @@ def configure(argv):
     return settings, checkpoint
 
 
+def what_fits(kind, device, checkpoint=None, of_this_task=False):
+    """Return the settings that suit a task's class on a device, and the checkpoint to start from."""
+    on_gpu = device.startswith('cuda') # a Mac's GPU is taken for a laptop's
+    fits = kind.defaults | (GPU if on_gpu else {})
+    if not checkpoint:
+        return fits
+    if isinstance(checkpoint['tokenizer'], dict): # pretrained weights
+        fits |= PRETRAINED if on_gpu else LAPTOP
+        if 'num_eval_samples' in kind.defaults: # the task knows how fast it draws problems
+            fits['num_eval_samples'] = kind.defaults['num_eval_samples']
+    kept = [*(parameters(kind) if of_this_task else ()), 'fold', 'num_examples']
+    fits |= {setting: checkpoint['settings'][setting] for setting in kept if setting in checkpoint['settings']}
+    fits |= {setting: getattr(checkpoint['config'], setting) for setting in MODEL}
+    return fits | dict(warmup_steps=0)
+
+
 def print_help(task_name):
     """Print the settings with their comments, as they stand in this file and in the tasks' classes,
     but with the values of this task's default run on this machine, and leave."""
     kind = task_class(task_name)
-    values = SETTINGS | dict(task=task_name) | kind.defaults | (GPU if torch.cuda.is_available() else {})
+    values = SETTINGS | dict(task=task_name) | what_fits(kind, pick_device('auto'))
     with open(__file__, encoding='utf-8') as file:
         block = file.read().partition('# ---- settings')[2].partition('\n')[2].partition('# ---- end')[0]
     print(__doc__ + re.sub('(?m)^([a-z].*?) = .+? #', lambda line: f'{line[1]} = {values[line[1]]!r} #', block))
@@ -859,6 +870,8 @@ def check_settings(settings, checkpoint, kind):
     """End with one line for settings that cannot work."""
     for name in kind.defaults.keys() - SETTINGS.keys():
         refuse(f'--{name}', SETTINGS, settings['task'])
+    for name in kind.defaults.keys() & {*PATHS, 'device'}:
+        fail(f"the defaults of --task={settings['task']} name {name}, which only the command line can choose")
     for name, choices in CHOICES.items():
         if settings[name] not in choices:
             fail(f"--{name} must be {' or '.join(map(str, choices))}, not {settings[name]!r}")

@@ -13,7 +13,8 @@ Each algorithm takes the best of three learning rates, chosen on another fold of
 seeds; a higher one has to be better by 0.1 points. Then fresh seeds at that rate are evaluated on the
 held-out problems, which chose nothing. (The warm-up has demonstrated problems of the other fold, so
 accuracies there are a little high.) The other two tables are of that fold alone, two seeds at the default's
-rate (4e-4 with AdamW's usual epsilon), with half as many responses: 28 batches, about the default's 32.
+rate (with AdamW's usual epsilon 4e-4, or what the row names), with half as many responses: 28 batches, about
+the default's 32.
 
 Every run is one of train.py's, in out/algorithms/. What it came to is kept in benchmarks/results/algorithms/, one
 small file a run: a run that is there is not taken again, so the command can be stopped and repeated, and
@@ -43,7 +44,7 @@ RATES = ('2e-4', '4e-4', '8e-4') # of AdamW
 LARGE_RATES = ('1e-2', '2e-2', '4e-2') # with a large epsilon
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
 TWICE_AS_MANY = ', 14,336 responses'
-SIZES = [f'--batch_size={BATCH}', '--warmup_batch_size=16'] # on a GPU too
+AS_ON_A_CPU = [f'--batch_size={BATCH}', '--warmup_batch_size=16', '--adam_eps=1e-2'] # on a GPU too
 OURS = ['--num_train_samples=32'] # the default on a CPU, where a GPU's is 256
 ADAMW = ['--adam_eps=1e-8'] # as everybody uses it
 PLAIN = ['--max_step_kl=0', *ADAMW] # without our bound on a step, which the others do not have
@@ -62,7 +63,8 @@ ALGORITHMS = AS_OURS | {
     'REINFORCE': [*PLAIN, '--algorithm=reinforce'],
     'rejection sampling': [*PLAIN, '--algorithm=rejection'],
     'imitation goes on': ['--max_steps=0']}
-TWICE = ('A*PO', 'A*PO, plain AdamW', 'GRPO', 'rejection sampling') # which are also given twice the responses
+# These are also given twice the responses.
+TWICE = ('A*PO', 'GRPO, as A*PO', 'A*PO, plain AdamW', 'GRPO', 'rejection sampling')
 MANY = { # several updates per batch: where the ratio is not 1
     'A*PO': OURS,
     'A*PO, 2 updates': [*OURS, '--updates_per_batch=2'],
@@ -171,7 +173,7 @@ def plan(name, settings, seed, budget, rate, fold=0):
     label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
     folder = os.path.join('out', 'algorithms', label)
     command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
-               *SIZES, *words]
+               *AS_ON_A_CPU, *words]
     return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
 
 
@@ -221,6 +223,8 @@ def evaluations_of(rows, steps, budget):
         if row['phase'] == 'evaluation':
             near = [step['base_kl'] for step in steps if abs(step['step'] - row['step'] - 0.5) < 2]
             sampled = budget - BATCH * (last - row['step']) if row['step'] else 0
+            if not steps: # imitation, in demonstrations
+                sampled = budget * row['step'] // last
             found.append([sampled, round(row['seconds'] / 60, 2), row['accuracy'],
                           (round(float(np.mean(near)), 3) if near else None) if row['step'] else 0.0])
     return found
