@@ -43,9 +43,9 @@ Where train.py differs from the paper (RESULTS.md has what each bought). To trai
   - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
     the reference over many steps, it does not bound one. A step of the same learning rate moves a
     base that is unsure of its sums ten to a hundred times further than one that is sure.
-  - AdamW's epsilon is 1e-2, not 1e-8. In countdown a gradient is 1e-4 a parameter or less. With a
-    small epsilon AdamW gives every parameter a step of the same length, also where the gradient is
-    noise, and noise uses up max_step_kl. With a large one a step is about proportional to the
+  - AdamW's epsilon is 1e-2, not 1e-8 (on a CPU and from random weights). In countdown a gradient
+    is 1e-4 a parameter or less. With a small epsilon AdamW gives every parameter a step of the same
+    length, also where the gradient is noise. With a large one a step is about proportional to the
     gradient, as in SGD with momentum, which does well in RL (arXiv 2602.07729): half of the
     responses are enough.
   - The loss of a batch is divided by the tokens of an average response. So the gradient is about
