@@ -1248,6 +1248,7 @@ def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
                 train.hint(run, healthy | (sign if step > 15 or sign.get('reward') == 0 else {}))
         said = capsys.readouterr().out
         assert (len(re.findall(advice, said)) == 1) if advice else said == '', "a run that learns gets no advice"
+        assert 'left its bounds' not in advice or 'is flat:' not in said, "larger steps would make it worse"
 
 
 def test_the_time_left_counts_evaluations_and_starts_anew_in_each_phase(tmp_path, capsys):

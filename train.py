@@ -1134,7 +1134,7 @@ def hint(run, metrics):
     if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - fall:
         advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by {fall:.2f}: "
                     f"give --max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
-    if steps >= 25 and now < min(0.9, start + 0.02):
+    elif steps >= 25 and now < min(0.9, start + 0.02):
         advise(run, f"the reward is flat: raise --learning_rate above {learning_rate} or --batch_size above "
                     f"{batch_size}")
 
