@@ -330,7 +330,7 @@ def policy_step(run):
                 loss = run.other.loss(by_token, old_by_token[i], advantages[rows], mask)
                 weight = mask.sum() * world_size / total_tokens if run.other.per_token else weight
             else:
-                # Divided by the mean length, so per token too: else it would be clipped in most steps.
+                # Divided by the mean length, so per token too: else most gradients would be clipped.
                 loss = apo_loss(
                     by_sequence, ref_logprobs[rows], rewards[rows], values[rows] + shift, beta2) / mean_length
                 loss = loss + value_loss(head_values, rewards[rows, None], beta1)
@@ -471,7 +471,7 @@ def look(run):
            f"{result['truncated']:.0%} are cut off at {max_new_tokens} tokens; they took {minutes:.1f} min, "
            f"and a step samples {batch_size}")
     width = 4 if dtype == 'float32' else 2 # bytes of a number in the copies that compute
-    memory = 16 + 4 * (max_step_kl > 0) + 2 * width # a parameter: weight, gradient, optimizer; before a step; copies
+    memory = 16 + 4 * (max_step_kl > 0) + 2 * width # weight, gradient, AdamW's two; before the step; two copies
     print0(f"weights, gradients, optimizer and copies need {memory * params / 1e9:.1f} GB of memory, "
            f"each checkpoint {(12 + width) * params / 1e9:.1f} GB of disk")
     if not result['formatted']:
@@ -816,8 +816,7 @@ def configure(argv):
     if 'num_examples' in given and not pretrained:
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     device = pick_device(given.get('device', stored['device'] if resuming else 'auto'))
-    of_this_task = same_task(stored.get('task', ''), paths['task'])
-    fits = stored if resuming else what_fits(kind, device, checkpoint, of_this_task)
+    fits = stored if resuming else what_fits(kind, device, checkpoint, paths['task'])
     settings = defaults | fits | given | dict(device=device)
     if settings['dtype'] == 'auto':
         settings['dtype'] = pick_dtype(device)
@@ -834,8 +833,9 @@ def configure(argv):
     return settings, checkpoint
 
 
-def what_fits(kind, device, checkpoint=None, of_this_task=False):
-    """Return the settings that suit a task's class on a device, and the checkpoint to start from."""
+def what_fits(kind, device, checkpoint=None, name=''):
+    """Return the settings that suit a task's class on a device, and the checkpoint to start from,
+    which gives its task's parameters where that is the task of this name."""
     on_gpu = device.startswith('cuda') # a Mac's GPU is taken for a laptop's
     fits = kind.defaults | (GPU if on_gpu else {})
     if not checkpoint:
@@ -844,7 +844,7 @@ def what_fits(kind, device, checkpoint=None, of_this_task=False):
         fits |= PRETRAINED if on_gpu else LAPTOP
         if 'num_eval_samples' in kind.defaults: # the task knows how fast it draws problems
             fits['num_eval_samples'] = kind.defaults['num_eval_samples']
-    kept = [*(parameters(kind) if of_this_task else ()), 'fold', 'num_examples']
+    kept = [*(parameters(kind) if same_task(checkpoint['task'], name) else ()), 'fold', 'num_examples']
     fits |= {setting: checkpoint['settings'][setting] for setting in kept if setting in checkpoint['settings']}
     fits |= {setting: getattr(checkpoint['config'], setting) for setting in MODEL}
     return fits | dict(warmup_steps=0)
@@ -1105,7 +1105,7 @@ def report(run, phase, metrics, every=1):
     record(run, LOGS[0], dict(step=run.step, seconds=round(run.seconds, 2), phase=phase, **metrics))
     first, last = (0, warmup_steps) if phase == 'warm-up' else (warmup_steps, warmup_steps + max_steps)
     seconds = sum(value for name, value in metrics.items() if name.startswith('seconds_'))
-    if run.began[0] < first: # the first step of a phase
+    if run.began[0] < first: # a new phase: what came before, stage 1 too, counts for nothing
         run.began = run.step - 1, run.seconds - seconds
     pace = (run.seconds - run.began[1]) / (run.step - run.began[0]) # with the evaluations in between
     if (run.step - first) % every == 0 or run.step in (first + 1, last):

@@ -219,12 +219,11 @@ def evaluations_of(rows, steps, budget):
     """Return [responses, minutes, accuracy, KL] of each evaluation. KL is that of the steps around, None
     where there are none."""
     found, last = [], rows[-1]['step']
+    batch = BATCH if steps else budget // last # of imitation, demonstrations
     for row in rows:
         if row['phase'] == 'evaluation':
             near = [step['base_kl'] for step in steps if abs(step['step'] - row['step'] - 0.5) < 2]
-            sampled = budget - BATCH * (last - row['step']) if row['step'] else 0
-            if not steps: # imitation, in demonstrations
-                sampled = budget * row['step'] // last
+            sampled = budget - batch * (last - row['step']) if row['step'] else 0
             found.append([sampled, round(row['seconds'] / 60, 2), row['accuracy'],
                           (round(float(np.mean(near)), 3) if near else None) if row['step'] else 0.0])
     return found
