@@ -6,10 +6,10 @@ See what a trained model does.
     python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
-Takes the newest run under out/ (with --task=examples/grid.py first that in out/grid), one that came to its end before
-one that did not, else the model of that task, or of countdown, in assets/; --checkpoint=PATH names another, a file, the
-folder of a run, or pretrained weights, which need a --task=. The settings of the task can be given too, such as
---max_factor=40.
+Takes the newest run under out/, one that came to its end before one that did not, else countdown's model in assets/.
+With --task=multiplication it takes the run in out/multiplication, else that task's model in assets/. --checkpoint=PATH
+names another: a file, the folder of a run, or pretrained weights, which need a --task=. The settings of the task can be
+given too, such as --max_factor=40.
 
 Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
 one place where rewards are decided. Everything takes its settings as arguments.
@@ -42,7 +42,7 @@ from tasks import (
 HERE = os.path.dirname(os.path.abspath(__file__))
 FORMAT = 'tinyzero-astarpo 1' # what a checkpoint of ours says of itself
 WARMUP, STAGE1, TRAIN, EVAL = range(4) # streams of random numbers
-UNTRAINED = dict(eval_temperature=1.0, max_new_tokens=512, num_examples=1) # for pretrained weights
+UNTRAINED = dict(eval_temperature=1.0, max_new_tokens=512, num_examples=1, rollout_rows=256) # for pretrained weights
 INDENT = '\n' + 10 * ' '
 COLORS = ['#0072B2', '#E69F00', '#009E73', '#CC79A7', '#D55E00', '#56B4E9'] # Okabe and Ito: told apart by everyone
 
@@ -171,14 +171,15 @@ def main():
         fail("--num_examples is for pretrained weights: other models are not asked in words")
     options = dict(key=(args.seed, EVAL, checkpoint['step']), repeat=args.num_samples,
                    temperature=settings['eval_temperature'], max_new_tokens=settings['max_new_tokens'],
-                   progress=lambda line: print(f'sampling: {line}', flush=True))
+                   rollout_rows=settings['rollout_rows'], progress=lambda line: print(f'sampling: {line}', flush=True))
     print(f"{path}: {args.task or checkpoint['task']}, {model.num_params():,} parameters, "
           f"step {checkpoint['step']}, temperature {settings['eval_temperature']}")
     with one_line('these arguments', ValueError): # no problem of this task, or too long for the model
         if args.prompt is not None:
             return show(models, options, [task.parse(args.prompt)])
         if args.problems is None:
-            problems = held_out_problems(task, args.num_problems or (2000 if args.eval else 5))
+            usual = task.defaults.get('num_eval_samples', 2000) if args.eval else 5
+            problems = held_out_problems(task, args.num_problems or usual)
         else:
             problems = read_problems(args.problems, task, tokenizer)[:args.num_problems or None]
         if args.eval:
@@ -207,18 +208,20 @@ def parse_arguments():
     add('--num_samples', type=int, default=1, help='responses to each problem')
     add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
     add('--max_new_tokens', type=int, help='longest response (default: that of the run)')
+    add('--rollout_rows', type=int, help='responses sampled side by side (default: that of the run)')
     add('--num_examples', type=int, help="worked examples in a pretrained model's prompt (default: those of the run)")
     add('--seed', type=int, default=1337, help='of the sampling noise')
     add('--device', default='auto', help='auto | cpu | cuda | mps')
     add('--plot', nargs='+', metavar='OUT_DIR', help='draw the curves of these runs and exit')
     add('--output', default='curves.png', type=os.path.expanduser, help='the picture that --plot writes')
     args, words = parser.parse_known_args()
-    if args.plot and words:
-        fail(f"--plot takes no {words[0]}")
+    others = words + [f'--{name}' for name in ('checkpoint', 'prompt', 'eval', 'problems') if getattr(args, name)]
+    if args.plot and others:
+        fail(f"--plot takes no {others[0]}")
     if args.prompt is not None and (args.eval or args.problems is not None):
         fail("--eval and --problems take many problems, --prompt asks one: choose")
-    if args.num_samples < 1 or args.max_new_tokens is not None and args.max_new_tokens < 1:
-        fail("--num_samples and --max_new_tokens must be at least 1")
+    if min(1 if count is None else count for count in (args.num_samples, args.max_new_tokens, args.rollout_rows)) < 1:
+        fail("--num_samples, --max_new_tokens and --rollout_rows must be at least 1")
     least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
     if least < 0 or not math.isfinite(args.eval_temperature or 0):
         fail("--num_problems, --seed, --num_examples and --temperature must be at least 0")
@@ -276,7 +279,9 @@ def grade_problems(models, options, path, problems, source):
     result = summarize(rows)
     verdicts = np.reshape([row['correct'] for row in rows], (-1, n)).sum(1).astype(int).tolist()
     print(summary_line(verdicts, n))
-    print(', '.join(f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()))
+    low, high = result['interval_95']
+    print(f'95% interval {low:.3f} to {high:.3f}', *[
+        f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()], sep=', ')
     own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
     row = dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), problems=source,
                num_problems=len(verdicts), num_samples=n, temperature=options['temperature'],
@@ -484,14 +489,16 @@ def load_checkpoint(path, needed=()):
 
 def find_checkpoint(path, task_name=''):
     """Return the checkpoint that a path names, a file or the folder of a run; of no path that of the
-    task's folder in out/, else the newest run's, or the one in assets/."""
+    task's folder in out/, else the task's in assets/, or the newest run's."""
     if path == '':
         fail("--checkpoint= names nothing")
     # Where train.py puts runs of the task by default; of no task out/ itself, where none is.
     name = os.path.basename(task_name).removesuffix('.py')
-    path = path or newest_model(glob.escape(f'out/{name}')) or newest_model('out/*')
-    path = path or f"{HERE}/assets/{name or 'countdown'}_trained.pt"
-    path = os.path.expanduser(path)
+    asset = f"{HERE}/assets/{name or 'countdown'}_trained.pt"
+    path = path or newest_model(glob.escape(f'out/{name}'))
+    if not path and not (name and os.path.exists(asset)): # other runs are of other tasks
+        path = newest_model('out/*')
+    path = os.path.expanduser(path or asset)
     return newest_model(glob.escape(path)) or path
 
 
@@ -583,4 +590,4 @@ def fail(message):
 
 
 if __name__ == '__main__':
-    run_script(main, '--num_samples, --num_problems or --max_new_tokens')
+    run_script(main, '--rollout_rows')

@@ -82,18 +82,24 @@ FORMS = dict(
           '<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n<think>'))
 
 
+TOKENIZER_FILES = ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json', 'config.json',
+                   'special_tokens_map.json', 'chat_template.jinja')
+
+
 class PretrainedTokenizer:
     """
     A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer.
-    Its state is the model's own files as text, {name: text}. Its prompts begin with num_examples
-    worked examples. Padding is end-of-sequence here, whatever the files say: masks tell them apart.
-    Raises ValueError when they name no end-of-sequence that the tokenizer has.
+    Its state is the model's own files as text, {name: text}; a stranger's checkpoint may name
+    others. Its prompts begin with num_examples worked examples. Padding is end-of-sequence here,
+    whatever the files say: masks tell them apart. Raises ValueError when they name no end-of-
+    sequence that the tokenizer has.
     """
 
     def __init__(self, files, num_examples=0):
         from tokenizers import Tokenizer as Library
         self.num_examples = num_examples
-        self.state, self.library = files, Library.from_str(files['tokenizer.json'])
+        self.state = {name: files[name] for name in TOKENIZER_FILES if name in files}
+        self.library = Library.from_str(files['tokenizer.json'])
         self.library.no_truncation() # the file keeps what its last use had set
         self.library.no_padding()
         self.ends = self.find_ends()
@@ -150,8 +156,7 @@ class PretrainedTokenizer:
 def tokenizer_files(folder):
     """Return the state of a PretrainedTokenizer from a model's folder. Raises FileNotFoundError
     without a tokenizer.json."""
-    paths = [Path(folder, name) for name in ('tokenizer.json', 'tokenizer_config.json', 'generation_config.json',
-                                             'config.json', 'special_tokens_map.json', 'chat_template.jinja')]
+    paths = [Path(folder, name) for name in TOKENIZER_FILES]
     return {path.name: path.read_text(encoding='utf-8') for path in paths if path.exists() or path == paths[0]}
 
 
@@ -185,7 +190,7 @@ class Task:
     """
     defaults = {} # the settings of train.py that suit this task
     tokens = None # the vocabulary of a model from random weights; a task without one needs pretrained weights
-    longest_prompt = 256 # tokens
+    longest_prompt = 256 # tokens; a model from random weights has positions for no more
     fold = 0 # which tenth of the problems is held out, 0 to 9
 
     def canonical(self, problem):
@@ -356,7 +361,7 @@ class Countdown(Task):
         """Read '3 5 7 = 22', or a row of a data set, '{"nums": [3, 5, 7], "target": 22}'. Raises
         ValueError."""
         row = [re.search(field, text) for field in (r'"nums": *\[([0-9, ]+)\]', r'"target": *([0-9]+) *[,}]')]
-        if all(row):
+        if all(row) and text.count('"nums"') == 1: # a list of rows on one line is no problem
             text = f'{row[0][1]} = {row[1][1]}'
         match = match_typed('([0-9]+(?:[ ,]+[0-9]+){1,5}) *= *([0-9]+)', text, '3 5 7 = 22') # two to six numbers
         return CountdownProblem(tuple(map(int, re.findall(r'[0-9]+', match[1]))), int(match[2]))
@@ -598,8 +603,8 @@ class Multiplication(Task):
 # A small one, to start your own from
 
 class Chain(Task):
-    """What is 7+12-5? A problem is that text. Half of the demonstrations answer at once, half write
-    each sum."""
+    """What is 7+12-5? A problem is that text, so the same terms in another order are another problem.
+    Half of the demonstrations answer at once, half write each sum."""
     defaults = dict(warmup_steps=1000, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
 
     def __init__(self,

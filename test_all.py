@@ -1074,7 +1074,7 @@ def ready(tmp_path, *arguments):
     """Return a Run at the beginning of stage 2, from random weights."""
     run = started(*TINY, f'--out_dir={tmp_path}', *arguments)
     run.base = run.reference = train.frozen_copy(run.model)
-    run.optimizers = train.make_optimizers(run.model)
+    run.optimizers = train.make_optimizers(run.model, eps=train.adam_eps)
     run.step = train.warmup_steps
     return run
 
@@ -1099,7 +1099,8 @@ def rewarded(batch):
     return batch._replace(reward=(torch.arange(len(batch.reward)) % 3 == 0).float())
 
 
-@pytest.mark.parametrize('algorithm, centre', [('apo', True), ('apo', False), ('grpo', True)])
+@pytest.mark.parametrize('algorithm, centre', [('apo', True), ('apo', False), ('reinforce', True), ('rejection', True),
+                                               ('grpo', True), ('gspo', True)])
 def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monkeypatch, algorithm, centre):
     """However it is cut into micro-batches: computed once more, in one piece and from the formulas."""
     run = ready(tmp_path, f'--algorithm={algorithm}', f'--centre={centre}', '--micro_batch_tokens=200')
@@ -1129,7 +1130,11 @@ def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monk
     else:
         groups = batch.reward.view(-1, 4)
         advantages = ((groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)).view(-1)
+        if algorithm in ('reinforce', 'rejection'):
+            advantages = batch.reward - (batch.reward.mean() if algorithm == 'reinforce' else 0)
         loss = -(by_token * advantages[:, None]).sum() / batch.mask.sum()
+        if algorithm == 'gspo': # at a ratio of 1, over responses
+            loss = -(by_token.sum(1) / batch.mask.sum(1) * advantages).mean()
     loss.backward()
     theirs = torch.cat([p.grad.flatten() for p in train.policy_parameters(run)])
     assert theirs.norm() > 1e-3 and (ours - theirs).norm() < 1e-4 * theirs.norm()
@@ -1144,7 +1149,7 @@ def test_a_step_has_the_gradient_of_its_loss_over_the_whole_batch(tmp_path, monk
 
 def test_grpos_clip_acts_from_the_second_update_on(tmp_path, monkeypatch):
     """With one update per batch the ratio is 1; later ones leave alone what has moved far enough."""
-    run = ready(tmp_path, '--algorithm=grpo', '--updates_per_batch=3', '--learning_rate=0.05')
+    run = ready(tmp_path, '--algorithm=grpo', '--updates_per_batch=3', '--learning_rate=0.05', '--adam_eps=1e-8')
     seen = []
     run.other = run.other._replace(loss=lambda logprobs, old, *rest: seen.append(
         (logprobs - old).detach().exp()) or grpo_loss(logprobs, old, *rest))
@@ -1181,7 +1186,7 @@ def test_a_step_that_goes_too_far_is_shortened(tmp_path, monkeypatch):
     far, rollout, sampled = {}, train.rollout, []
     monkeypatch.setattr(train, 'rollout', lambda *a, **o: sampled.append(rewarded(rollout(*a, **o))) or sampled[-1])
     for bound in (100, 1e-3):
-        run = ready(tmp_path / str(bound), f'--max_step_kl={bound}', '--learning_rate=1e-3', '--batch_size=64')
+        run = ready(tmp_path / str(bound), f'--max_step_kl={bound}', '--learning_rate=2e-3', '--batch_size=64')
         old = train.frozen_copy(run.model)
         measured = train.policy_step(run)['step_kl']
         tokens, mask = sampled[-1].tokens, sampled[-1].mask
@@ -1200,13 +1205,14 @@ def test_values_of_the_head_stay_within_the_rewards(tmp_path, bias, value):
 
 
 def test_stored_values_belong_to_their_prompts_and_epochs_are_whole(tmp_path):
-    run = ready(tmp_path, '--fresh_prompts=False', '--batch_size=16', '--max_factor=30')
+    run = ready(tmp_path, '--fresh_prompts=False', '--batch_size=16', '--max_factor=99')
     prompts = [p for p, _ in run.task.training_problems((train.seed, sample.STAGE1, 0), range(32))]
     run.stage1_values = torch.rand(32)
+    assert len(set(prompts)) == 32
     epochs = []
     for run.step in range(60, 64):
         problems, values = train.stage2_problems(run)
-        assert [run.stage1_values[prompts.index(p)] for p in problems] == values.tolist() or len(set(prompts)) < 32
+        assert [run.stage1_values[prompts.index(p)] for p in problems] == values.tolist()
         epochs += problems
     assert sorted(epochs[:32]) == sorted(epochs[32:]) == sorted(prompts) and epochs[:32] != epochs[32:]
     run.step = 60
@@ -1240,6 +1246,7 @@ def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
                          (dict(reward=0.3), 'left its bounds.*--max_step_kl'), (dict(base_kl=5.1), 'left its bounds'),
                          (dict(reward=0.0), 'is zero.*--max_factor=5')]:
         run = started(*TINY, f'--out_dir={tmp_path}')
+        run.began = train.warmup_steps, 0.0
         capsys.readouterr()
         for step in range(60):
             if sign is None:
@@ -1248,7 +1255,23 @@ def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
                 train.hint(run, healthy | (sign if step > 15 or sign.get('reward') == 0 else {}))
         said = capsys.readouterr().out
         assert (len(re.findall(advice, said)) == 1) if advice else said == '', "a run that learns gets no advice"
-        assert 'left its bounds' not in advice or 'is flat:' not in said, "larger steps would make it worse"
+        assert not re.search('bounds|zero', advice) or 'is flat:' not in said, "larger steps help neither"
+    run.rewards.clear()
+    run.hints.clear()
+    run.began = train.warmup_steps + 1, 0.0
+    for step in range(60):
+        train.hint(run, healthy)
+    assert capsys.readouterr().out == '', "a run resumed where it is level may have come to its end"
+
+
+def test_ten_rewards_of_a_few_prompts_may_fall_further(tmp_path, capsys):
+    # As with GRPO: 32 responses are to 32 prompts, or to 4.
+    for algorithm, advised in ('reinforce', True), ('grpo', False):
+        run = started(*TINY, '--num_responses_per_prompt=8', f'--algorithm={algorithm}', f'--out_dir={tmp_path}')
+        capsys.readouterr()
+        for step in range(20):
+            train.hint(run, dict(reward=0.7 if step < 10 else 0.4, truncated=0.0, base_kl=1.0, formatted=1.0))
+        assert ('left its bounds' in capsys.readouterr().out) == advised
 
 
 def test_the_time_left_counts_evaluations_and_starts_anew_in_each_phase(tmp_path, capsys):
@@ -1387,7 +1410,7 @@ def test_a_star_po_raises_the_accuracy(main, tmp_path, algorithm):
 def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
     """Sharded over processes: the same problems, the same sampled responses, gradients and weights as one process."""
     arguments = [*TINY, '--micro_batch_tokens=512', '--warmup_steps=4', '--warmup_batch_size=16', '--max_steps=2',
-                 '--learning_rate=1e-5', '--value_learning_rate=1e-4', '--max_factor=5', *extra,
+                 '--learning_rate=1e-5', '--adam_eps=1e-8', '--value_learning_rate=1e-4', '--max_factor=5', *extra,
                  f'--init_from={trained}/tinyzero_astarpo_final.pt']
     assert script('train.py', *arguments, f'--out_dir={tmp_path}/one').returncode == 0
     process = script('train.py', *arguments, f'--out_dir={tmp_path}/more', ranks=ranks)
@@ -1400,7 +1423,8 @@ def test_ranks_take_the_steps_of_one(trained, tmp_path, ranks, extra):
     for row, other in zip(rows, more, strict=True):
         for name, value in row.items():
             if isinstance(value, float):
-                assert abs(value - other[name]) < 1e-4 + 5e-3 * abs(value), (row['phase'], row['step'], name)
+                least = 0 if name == 'step_kl' else 1e-4
+                assert abs(value - other[name]) <= least + 5e-3 * abs(value), (row['phase'], row['step'], name)
     one, two = (open(tmp_path / name / 'samples.jsonl').read() for name in ('one', 'more'))
     assert one == two, "with sampling noise, too"
 
@@ -1490,6 +1514,11 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("solution = None", "cannot use --task=.*mine.py with these settings: .*TypeError in line .*py"),
     ("def solution(self, problem): return self.truth", "has no attribute 'truth' .*in line 5 of .*mine.py"),
     ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
+    ("def grade(self, problem, response): return super().grade(problem, response)._replace(reward=-1.0)",
+     r"a reward from 0 to 1, not Grade\(reward=-1.0"),
+    ("longest_prompt = 5", "a prompt has .* tokens: give the class longest_prompt = .* or more"),
+    ("tokens = property(lambda self: self.most + ['.'], lambda self, value: setattr(self, 'most', value)); "
+     "prompt = lambda self, problem: '1.5+' + problem", "does not give a text back as it was written, '1.5+"),
     ("def grade(self, problem, response): return Grade(1.0, True, True)", "'Grade' is not defined .*in line 5 of .*"),
     ("def grade(self, problem, response): return int(response)", "ValueError"),
     ("def difficulty(self, problem): return self.level", "no attribute 'level' .*in line 5 of .*mine.py"),
@@ -1521,9 +1550,9 @@ def test_a_file_of_ones_own_may_import_what_lies_beside_it(monkeypatch, tmp_path
 
 def test_what_a_loss_of_ones_own_leaves_out_is_that_of_reinforce(tmp_path):
     mine, reinforce = tmp_path / 'mine.py', train.ALGORITHMS['reinforce']
-    mine.write_text('def loss(*args): pass\n')
+    mine.write_text('def loss(*args): return args[0].sum()\n')
     assert train.find_algorithm(str(mine))._replace(loss=reinforce.loss) == reinforce
-    mine.write_text('def loss(*args): pass\n\nadvantages, grouped, per_token = abs, True, False\n')
+    mine.write_text('def loss(*args): return args[0].sum()\n\nadvantages, grouped, per_token = abs, True, False\n')
     advantages, _, *constants = train.find_algorithm(str(mine))
     assert advantages is abs and constants == [True, False]
 
@@ -1619,6 +1648,7 @@ def test_without_a_path_the_run_of_the_named_task_is_taken_else_the_newest(monke
         path = shutil.copy(f'{HERE}/assets/countdown_base.pt', f'out/chain/checkpoint_step_{step}.pt')
         os.utime(path, (1e9 - age, 1e9 - age))
     assert sample.find_checkpoint(None, 'chain') == 'out/chain/checkpoint_step_1500.pt'
+    assert sample.find_checkpoint(None, 'multiplication').endswith('assets/multiplication_trained.pt')
     assert sample.find_checkpoint(None, '') == 'out/idea/tinyzero_astarpo_final.pt'
 
 
@@ -1659,6 +1689,13 @@ def test_two_processes_do_not_write_into_one_folder(main, trained, tmp_path):
     process.wait()
     assert train.claim(f'{tmp_path}/none'), "a folder that nobody has is given"
     main('--init_from=resume', f'--out_dir={tmp_path}/run') # the lock ended with the process
+
+
+@slow
+def test_several_ranks_say_once_that_a_folder_is_taken(trained):
+    process = script('train.py', *TINY, f'--out_dir={trained}', ranks=2)
+    assert process.returncode and process.stderr.count('error: ') == 1, process.stderr
+    assert 'already holds a run' in process.stderr
 
 
 def hear_signals():
@@ -1772,7 +1809,7 @@ def test_torchrun_passes_a_signal_on_and_the_run_is_saved(tmp_path, number):
     wait_for(launcher, f'{tmp_path}/run/metrics.jsonl')
     time.sleep(1)
     launcher.send_signal(number)
-    launcher.communicate(timeout=60)
+    assert 'stopped by a signal at step' in launcher.communicate(timeout=60)[1]
     assert train.checkpoints(tmp_path / 'run')
 
 
@@ -1884,6 +1921,15 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not os.path.exists(tmp_path / 'owned')
 
 
+def test_a_strangers_checkpoint_does_not_choose_which_files_are_written(tmp_path):
+    """Its tokenizer is files by name, and export.py writes them."""
+    write_pretrained(tmp_path / 'model')
+    make_tokenizer(tmp_path / 'model')
+    files = tokenizer_files(tmp_path / 'model')
+    tokenizer = PretrainedTokenizer(files | {f'{tmp_path}/owned': '', '../owned': '', 'modeling.py': ''})
+    assert tokenizer.state == files
+
+
 def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_path):
     copy = tmp_path / 'mine.py'
     copy.write_text(open(f'{HERE}/benchmarks/my_loss.py').read())
@@ -1893,9 +1939,14 @@ def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_p
     with pytest.raises(SystemExit, match=f'names a file: add --algorithm={copy}'):
         main('--init_from=resume', f'--out_dir={resumed}')
     main('--init_from=resume', f'--out_dir={resumed}', f'--algorithm={copy}')
-    copy.write_text('def advantages(rewards): return rewards')
-    with pytest.raises(SystemExit, match="cannot use --algorithm=.*defines no function `loss`"):
-        main(f'--algorithm={copy}', f'--out_dir={tmp_path}/new')
+    for code, words in [('', 'defines no function `loss`'),
+                        ('def loss(*args): return nothing', "'nothing' is not .*mine.py"),
+                        ('def loss(logprobs, *args): return logprobs', '`loss` one, with a gradient'),
+                        ('def loss(logprobs, old, *args): return old.sum()', '`loss` one, with a gradient'),
+                        ('advantages = sum\ndef loss(logprobs, *args): return logprobs.sum()', 'as many numbers')]:
+        copy.write_text(code)
+        with pytest.raises(SystemExit, match=f'cannot use --algorithm=.*{words}'): # before the warm-up
+            main(f'--algorithm={copy}', f'--out_dir={tmp_path}/new')
 
 
 def test_the_pages_say_what_the_results_say():
@@ -2063,10 +2114,29 @@ def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):
     (['--warmup_steps=50'], "comes too late: this run has warmup_steps=60"), (['--algorithm=grpo'], "algorithm=apo"),
     (['--task=chain'], "is not that of the task"), (['--seed=3'], "seed=1337"),
     (['--max_factor=9'], "max_factor=5"), (['--dtype=float16'], "dtype=float32"), (['--d_model=32'], "which has 64"),
-    (['--warmup_muon_learning_rate=0'], "comes too late")])
+    (['--warmup_muon_learning_rate=0'], "comes too late"), (['--num_train_samples=64'], "num_train_samples=32")])
 def test_what_lies_behind_a_run_cannot_be_changed(main, trained, tmp_path, change, words):
     with pytest.raises(SystemExit, match=words):
         main('--init_from=resume', f"--out_dir={resumed_from(trained, 62, tmp_path / 'part')}", *change)
+
+
+def test_what_lies_ahead_of_a_run_can_be_changed(main, trained, tmp_path):
+    main(*TINY, '--warmup_steps=6', '--max_steps=1', '--checkpoint_interval=3', '--algorithm=reinforce',
+         f'--out_dir={tmp_path}/whole')
+    part = resumed_from(tmp_path / 'whole', 3, tmp_path / 'part')
+    main('--init_from=resume', f'--out_dir={part}', '--num_train_samples=16', '--warmup_muon_learning_rate=0.001')
+    rows, more = logged(tmp_path / 'whole'), logged(part)
+    assert rows[2] == more[2] and rows[4]['loss'] != more[4]['loss'] and more[-1]['phase'] == 'evaluation'
+
+
+def test_a_start_says_what_a_checkpoint_was_trained_on(capsys, tmp_path):
+    base = f'--init_from={HERE}/assets/countdown_base.pt'
+    for settings, said in [([], False), (['--fold=3'], 'fold=0: it has seen problems that are held out'),
+                           (['--task=examples/larger.py'], 'was trained on countdown, and this run trains examples/')]:
+        train.configure([base, f'--out_dir={tmp_path}', '--device=cpu', *settings])
+        out = capsys.readouterr().out
+        assert (said in out) if said else 'note:' not in out
+
 
 
 def test_damaged_logs_and_pictures_do_not_end_a_run(main, trained, tmp_path, capsys):
@@ -2190,7 +2260,8 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
     for wrong, words in ((['--prompt=hello'], 'write it like'), (['--seed=-1'], '--seed'),
                          (['--temperature=nan'], '--temperature'), (['--num_samples=0'], 'at least 1'),
                          (['--prompt=' + '1' * 300 + ' * 3'], 'do not fit max_seq_len'),
-                         (['--sed=3'], 'unknown setting --sed'), (['--checkpoint=none.pt'], 'No such file')):
+                         (['--sed=3'], 'unknown setting --sed'), (['--plot', trained], '--plot takes no --checkpoint'),
+                         (['--checkpoint=none.pt'], 'No such file')):
         said = ask(checkpoint, *wrong)
         assert said.startswith('error: ') and words in said and '\n' not in said
 
@@ -2206,7 +2277,8 @@ def test_sample_grades_the_problems_of_a_file(ask, tmp_path):
     assert (first['count'], first['seed'], second['count'], second['seed']) == (2, 1, 8, 4)
     assert (second['problems'], second['num_problems']) == (str(file), 2) and second['accuracy'] > 0.5
     for wrong, words in (('3 5 7', 'line 1'), ('\n{"nums": 5}', 'line 2'), ('{', 'line 1'), ('', 'no problems'),
-                         ('3 5 7 = 999', 'line 1'), ('{"nums": [[3, 5], 7], "target": 22}', 'line 1')):
+                         ('3 5 7 = 999', 'line 1'), ('{"nums": [[3, 5], 7], "target": 22}', 'line 1'),
+                         ('[{"nums": [3, 5, 7], "target": 22}, {"nums": [1, 2, 3], "target": 6}]', 'line 1')):
         file.write_text(wrong)
         said = ask(f'--checkpoint={checkpoint}', f'--problems={file}')
         assert said.startswith('error: ') and words in said and '\n' not in said
@@ -2504,8 +2576,8 @@ def test_what_pretrained_weights_cannot_do_is_said_in_one_line(main, tmp_path, c
     with pytest.raises(SystemExit) as error:
         main('--task=multiplication', f'--init_from={folder}', f'--out_dir={tmp_path}/new', '--max_new_tokens=64',
              '--device=cpu')
-    assert words in error.value.code and '\n' not in error.value.code and str(folder) in error.value.code or \
-        words in error.value.code and 'remove' not in changes
+    assert words in error.value.code and '\n' not in error.value.code
+    assert str(folder) in error.value.code or 'remove' not in changes
     assert glob.glob(f'{tmp_path}/new/*') == []
 
 

@@ -565,12 +565,16 @@ def try_problems(puzzles, tokenizer, config):
     them, and whether the verifier accepts demonstrations; say how many it does. Raises ValueError
     that says what is wrong."""
     used, longest, right, cut = {*tokenizer.ends}, puzzles.longest_prompt, 0, 0
+    pretrained = isinstance(tokenizer, PretrainedTokenizer)
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
-        prompt = tokenizer.encode(tokenizer.prompt(puzzles, problem))
+        asked = tokenizer.prompt(puzzles, problem)
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
-        written = tokenizer.encode(text)
+        prompt, written = tokenizer.encode(asked), tokenizer.encode(text)
+        for ids, whole in ((prompt, asked), (written, text)):
+            if not pretrained and tokenizer.decode(ids) != whole:
+                raise ValueError(f"the vocabulary does not give a text back as it was written, {whole!r}")
         used.update(prompt + written)
         longest = max(longest, len(prompt))
         cut += len(written) >= max_new_tokens # with its end-of-sequence
@@ -578,11 +582,14 @@ def try_problems(puzzles, tokenizer, config):
         # A verifier that does not take every text fails here, not after the warm-up.
         for response in ('', f'{END_THINK}{ANSWER}?{END_ANSWER}', text):
             grade = puzzles.grade(problem, response)
-            if not isinstance(grade, Grade):
-                raise ValueError(f"`grade` must return a Grade(reward, correct, formatted), not {grade!r}")
+            if not isinstance(grade, Grade) or not 0 <= grade.reward <= 1:
+                raise ValueError("`grade` must return a Grade(reward, correct, formatted) with a reward from 0 to 1, "
+                                 f"not {grade!r}")
         right += grade.correct
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
+    if longest > puzzles.longest_prompt and not pretrained:
+        raise ValueError(f"a prompt has {longest} tokens: give the class longest_prompt = {longest} or more")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
@@ -742,7 +749,8 @@ def optimizer_step(run):
     finite = math.isfinite(norm + head_norm)
     if not finite and run.scaler.get_scale() <= 1:
         fail(f"the gradient of step {run.step + 1} is not finite: lower --learning_rate or "
-             f"--value_learning_rate (in the warm-up --warmup_learning_rate); what {out_dir} holds is good")
+             f"--value_learning_rate (in the warm-up --warmup_learning_rate and --warmup_muon_learning_rate); "
+             f"what {out_dir} holds is good")
     if finite:
         for optimizer in run.optimizers:
             run.scaler.step(optimizer)
@@ -830,6 +838,10 @@ def configure(argv):
     chosen = [f'{setting}={value}' for setting, value in fits.items() if setting not in given]
     if chosen and not resuming:
         print0('taken from the task, the machine or --init_from:', ', '.join(chosen))
+    if not resuming and not same_task(stored.get('task', task), task):
+        print0(f"note: {init_from} was trained on {stored['task']}, and this run trains {task}")
+    if not resuming and stored.get('fold', fold) != fold:
+        print0(f"note: {init_from} was trained with fold={stored['fold']}: it has seen problems that are held out now")
     return settings, checkpoint
 
 
@@ -964,23 +976,31 @@ def find_algorithm(name):
         if not callable(defined.get('loss')):
             raise ValueError('it defines no function `loss`')
         own = {part: defined[part] for part in Algorithm._fields if part in defined}
-        return ALGORITHMS['reinforce']._replace(**own)
+        made = ALGORITHMS['reinforce']._replace(**own)
+        # What is wrong with it shows here, not after the warm-up: a batch of two responses.
+        logprobs, mask = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
+        advantages = made.advantages(torch.tensor([0.0, 1.0]).view(-1, 2 if made.grouped else 1)).flatten()
+        loss = made.loss(logprobs, logprobs.detach(), advantages, mask)
+        if loss.dim() or not loss.requires_grad or advantages.shape != (2,):
+            raise ValueError('`advantages` must return as many numbers as rewards, and `loss` one, with a gradient')
+        return made
 
 
 def claim(folder):
     """Lock a run's folder until this process ends, however it ends. Returns the lock. One line and
     exit when another process has it, or when it holds a run that would be overwritten."""
-    if rank:
-        return None
-    os.makedirs(folder, exist_ok=True)
-    lock = open(os.path.join(folder, '.lock'), 'w')
-    try:
-        import fcntl # Windows has none
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
-    except (ModuleNotFoundError, OSError): # some file systems have no locks
-        pass
+    lock = None
+    if rank == 0:
+        os.makedirs(folder, exist_ok=True)
+        lock = open(os.path.join(folder, '.lock'), 'w')
+        try:
+            import fcntl # Windows has none
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            fail(f"another process is writing into {folder}: wait until it ends, or use another --out_dir")
+        except (ModuleNotFoundError, OSError): # some file systems have no locks
+            pass
+    # Every rank looks, so that none waits for one that has left.
     if init_from != 'resume' and (glob.glob('*.pt', root_dir=folder) or os.path.exists(os.path.join(folder, LOGS[0]))):
         fail(f"{folder} already holds a run: use another --out_dir, or --init_from=resume where a checkpoint was saved")
     return lock
@@ -1021,8 +1041,11 @@ def restore(run, checkpoint):
     """Put a checkpoint's state into a run whose model already has the checkpoint's weights."""
     warm = checkpoint['reference'] is None # still in the warm-up
     # These settings have taken effect already.
-    settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', 'num_train_samples', 'warmup_muon_learning_rate']
-    settled += [*parameters(type(run.task)), *([] if warm else ['warmup_steps', 'algorithm'])]
+    settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', *parameters(type(run.task))]
+    if not warm:
+        settled += ['algorithm', 'num_train_samples', *(name for name in SETTINGS if name.startswith('warmup_'))]
+    elif (warmup_muon_learning_rate > 0) != (len(checkpoint['optimizers']) == 2): # that is, whether there is Muon
+        settled += ['warmup_muon_learning_rate']
     for name in settled:
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
         same = os.path.basename if name in PATHS else str # the file of a task may have moved
@@ -1124,7 +1147,8 @@ def hint(run, metrics):
     run.rewards.append(metrics['reward'])
     steps, of_ten = len(run.rewards), np.convolve(run.rewards, np.full(10, 0.1), 'valid') # running means
     start, now = np.mean(run.rewards[:5]), np.mean(run.rewards[-5:])
-    fall = max(0.05, batch_size ** -0.5) # chance alone makes a mean of ten fall by less
+    prompts = batch_size / responses_per_prompt(run.other)
+    fall = max(0.05, prompts ** -0.5) # chance alone makes a mean of ten fall by less
     if steps >= 5 and not any(run.rewards):
         advise(run, "every reward so far is zero: give more --warmup_steps, or make the task easier "
                     f"({parameters_of(run)})")
@@ -1134,7 +1158,7 @@ def hint(run, metrics):
     if metrics['base_kl'] > 5 or steps >= 10 and of_ten[-1] < max(of_ten) - fall:
         advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by {fall:.2f}: "
                     f"give --max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
-    elif steps >= 25 and now < min(0.9, start + 0.02):
+    elif run.began[0] == warmup_steps and steps >= 25 and 0 < now < min(0.9, start + 0.02): # no resumed run
         advise(run, f"the reward is flat: raise --learning_rate above {learning_rate} or --batch_size above "
                     f"{batch_size}")
 

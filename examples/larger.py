@@ -1,6 +1,6 @@
 """
-Countdown with 3, 4 and 5 numbers. No solution with 5 is ever demonstrated: those searches are given up. What A*PO
-solves there nobody has shown it.
+Countdown with 3, 4 and 5 numbers. A model from random weights never sees a solution with 5: those searches are given
+up. What A*PO solves there nobody has shown it.
 
     python train.py --task=examples/larger.py
     python sample.py --task=examples/larger.py --eval --min_numbers=5

@@ -14,6 +14,7 @@ class Sorting(Task):
     # What train.py uses where the command line says nothing else; what is not here has the same default in all tasks.
     # max_new_tokens has to be enough for the longest demonstration: the start says how many are cut off.
     defaults = dict(warmup_steps=600, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
+    # longest_prompt = 256 # tokens: give a larger one where your prompts are longer
 
     # Each argument is a setting of train.py, such as --max_number=20 here. `train.py --help` prints its default and its
     # comment, so each argument has both, on a line of its own.
@@ -24,8 +25,8 @@ class Sorting(Task):
             raise ValueError(f"{max_number=} must be at least 10") # train.py prints this in one line and ends
         self.max_number = max_number
         # The vocabulary has every piece of prompts and demonstrations. Where '10' is in it, each number is one token
-        # and the space between two numbers goes without saying. Otherwise numbers are spelt in digits, and ' ' is
-        # needed.
+        # and the space between two numbers (or dots) goes without saying. Otherwise numbers are spelt in digits, and
+        # ' ' is needed.
         self.tokens = TAGS + list('=:\n') + [str(n) for n in range(max_number + 1)]
 
     def problem(self, rng):
