@@ -12,16 +12,16 @@ and everything in it but V* is at hand. So A*PO estimates V* from the reference,
 
 A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known before training starts.
 
-Left out on purpose: importance ratios and clipping (responses come from the current policy, but
-for updates_per_batch), normalised advantages (r - V* is the target itself, its scale means
-something), a KL penalty (it is inside the square), a critic at every token.
+Left out on purpose: importance ratios and clipping (responses come from the current policy,
+except with several updates_per_batch), normalised advantages (r - V* is the target itself, its
+scale means something), a KL penalty (it is inside the square), a critic at every token.
 
 Kept from the paper, and surprising: beta1 = 0.5 for V* and a much smaller beta2 for the policy.
 They differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
 policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as
 the baseline, whatever V* is: a poor V* costs variance, not bias.
 
-Where train.py differs from the paper (RESULTS.md has what each bought). To train as published:
+Where train.py differs from the paper (RESULTS.md has what most of this bought). To train as published:
 `--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256
 --learning_rate=4e-4 --adam_eps=1e-8`.
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
@@ -37,9 +37,9 @@ Where train.py differs from the paper (RESULTS.md has what each bought). To trai
     so are right answers where V* = 1.
   - Stage 1 is small, 32 prompts: it only gives the value head a start, which then learns from the
     responses of stage 2.
-  - beta2 is 0.01, not 0.001. A response that loops to the limit lies 100 nats or more from the
-    reference: that now costs as much as a wrong answer, while an ordinary response, a nat or two
-    away, pays next to nothing.
+  - beta2 is 0.01, not 0.001 (which pretrained weights keep). A response that loops to the limit
+    lies 100 nats or more from the reference: that now costs as much as a wrong answer, while an
+    ordinary response, a nat or two away, pays next to nothing.
   - A step is shortened where a batch moves the policy further than max_step_kl. beta2 pulls to
     the reference over many steps, it does not bound one. A step of the same learning rate moves a
     base that is unsure of its sums ten to a hundred times further than one that is sure.

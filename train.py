@@ -6,7 +6,7 @@ Train a transformer to solve countdown or multiplication: warm-up by imitation, 
     torchrun --nproc_per_node=8 train.py --batch_size=4096        # eight GPUs, FSDP
     python train.py --init_from=resume                            # go on with the run in out/countdown
     python train.py --init_from=PATH --out_dir=out/more           # A*PO from the model of a checkpoint
-    python train.py --init_from=Qwen/Qwen2.5-0.5B --max_number=99 # A*PO from pretrained weights, TinyZero's experiment
+    python train.py --init_from=Qwen/Qwen2.5-0.5B                 # A*PO from pretrained weights
 
 Every setting below can be given as --name=value or --name value; --help lists them, those of the tasks too.
 """
@@ -72,7 +72,7 @@ batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-2 # AdamW; decays linearly to 0 over max_steps
 adam_eps = 1e-2 # AdamW's epsilon in A*PO, large: a small gradient then makes a small step (apo.py); 1e-8: usual
-grad_clip = 1.0 # clip the gradient's norm here, which A*PO's does not reach
+grad_clip = 1.0 # clip the norm of the gradient here, the value head's apart; A*PO's for the policy stays below
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published

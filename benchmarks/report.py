@@ -7,8 +7,8 @@ Write the tables of README.md and RESULTS.md that come from whole runs, and the 
 
 A table stands between `<!-- table NAME -->` and `<!-- end -->`, and whatever is there is replaced. A row is of
 the runs of one command: means of accuracies, the minutes of the quickest run, which other jobs disturbed least. The
-tables `algorithms` and `ablations` are those of algorithms.py. What another benchmark prints comes from a file that it
-was sent to, and then goes to RESULTS.md:
+tables `algorithms`, `ablations` and `many_updates` are those of algorithms.py. What another benchmark prints comes
+from a file that it was sent to, and then goes to RESULTS.md:
 
     python benchmarks/search.py > benchmarks/results/search.md
 """
@@ -26,7 +26,7 @@ from matplotlib.figure import Figure
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path[:0] = [top, os.path.join(top, 'benchmarks')]
 from algorithms import (
-    ABLATIONS, ALGORITHMS, at_one_rate, fresh_runs, rates_of, rates_table, records, trials_of, two_tables)
+    ABLATIONS, ALGORITHMS, MANY, at_one_rate, fresh_runs, rates_of, rates_table, records, trials_of, two_tables)
 from algorithms import table as table_of_algorithms
 from sample import read_log
 
@@ -73,7 +73,8 @@ PRINTED = ['search', 'generalisation', 'rollouts', 'steps', 'steps_smollm2', 'st
            'commits_smollm2', 'decoding', 'decoding_gpu', 'decoding_count', 'execution', 'responses',
            'responses_searches', 'growth', 'plan']
 PAGES = {'README.md': ['summary'],
-         'RESULTS.md': ['runs', 'runs_gpu', 'difficulty', 'steady', 'epsilon', 'ablations', 'algorithms', *PRINTED]}
+         'RESULTS.md': ['runs', 'runs_gpu', 'difficulty', 'steady', 'epsilon', 'ablations', 'many_updates',
+                        'algorithms', *PRINTED]}
 
 
 def main():
@@ -252,8 +253,8 @@ def comparison():
     return two_tables(fresh_runs(ALGORITHMS, trials)) + '\n\n' + rates_table(trials, ALGORITHMS)
 
 
-def ablations():
-    return table_of_algorithms(at_one_rate(ABLATIONS), baseline='A*PO')
+def changed(rows):
+    return table_of_algorithms(at_one_rate(rows), baseline='A*PO')
 
 
 def epsilon():
@@ -294,7 +295,8 @@ def draw():
 TABLES = dict(
     summary=summary, runs=functools.partial(every_run, on_gpu=False),
     runs_gpu=functools.partial(every_run, on_gpu=True), difficulty=difficulty, steady=steady, epsilon=epsilon,
-    algorithms=comparison, ablations=ablations)
+    ablations=functools.partial(changed, ABLATIONS), many_updates=functools.partial(changed, MANY),
+    algorithms=comparison)
 
 
 if __name__ == '__main__':
