@@ -204,7 +204,7 @@ def parse_arguments():
     add('--prompt', help='one problem, such as "3 5 7 = 22" or "47 * 36"')
     add('--eval', action='store_true', help='grade held-out problems, or those of a file, add to sample_eval.jsonl')
     add('--problems', help='a file of problems, one a line as typed (or {"nums": [3, 5, 7], "target": 22})')
-    add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval 2000, of a file all)')
+    add('--num_problems', type=int, default=0, help='how many problems (default: 5, --eval mostly 2000, of a file all)')
     add('--num_samples', type=int, default=1, help='responses to each problem')
     add('--temperature', type=float, dest='eval_temperature', help='0 is greedy (default: that of the run)')
     add('--max_new_tokens', type=int, help='longest response (default: that of the run)')
@@ -549,7 +549,7 @@ def one_line(name, *kinds):
     except ModuleNotFoundError as error:
         fail(f"{name} needs a package that is not installed: pip install {error.name.partition('.')[0]}")
     except kinds or Exception as error:
-        message = ' '.join(str(error).split()).partition('. ')[0][:300]
+        message = re.split('[.] (?=[A-Z])', ' '.join(str(error).split()))[0][:300] # its first sentence
         at = ''
         # The code is wrong, of a task for example.
         if isinstance(error, (AttributeError, ImportError, LookupError, NameError, TypeError)):
@@ -571,8 +571,10 @@ def run_script(main, lower):
         os._exit(0)
     except OSError as error: # a folder that cannot be written, a full disk
         sys.exit(f'error: {error.filename or "a file"}: {error.strerror or error}')
-    except (MemoryError, RuntimeError) as error:
+    except (MemoryError, RuntimeError, ValueError) as error:
         message = ' '.join(repr(error).split())[:120]
+        if 'max_seq_len' in message:
+            sys.exit(f'error: {error}: give the class of the task a larger longest_prompt')
         if re.search("MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", repr(error)):
             sys.exit(f'error: out of memory: lower {lower} ({message})')
         if 'inline_container' in str(error): # as torch.save says it

@@ -1516,9 +1516,11 @@ def test_a_users_mistake_gets_one_clear_line(main, tmp_path, arguments, words):
     ("def grade(self, problem, response): return True", "must return a Grade.*, not True"),
     ("def grade(self, problem, response): return super().grade(problem, response)._replace(reward=-1.0)",
      r"a reward from 0 to 1, not Grade\(reward=-1.0"),
-    ("longest_prompt = 5", "a prompt has .* tokens: give the class longest_prompt = .* or more"),
+    ("longest_prompt = 5", "the longest of 20 prompts has .* tokens: give the class a longest_prompt"),
     ("tokens = property(lambda self: self.most + ['.'], lambda self, value: setattr(self, 'most', value)); "
-     "prompt = lambda self, problem: '1.5+' + problem", "does not give a text back as it was written, '1.5+"),
+     "demonstration = lambda self, problem, rng: '</think><answer>1.5</answer>'; "
+     "grade = lambda self, problem, text: super().grade(problem, text)._replace(correct='1.5' in text)",
+     "not one of .*, or the vocabulary, in which '</think><answer>1.5</answer>' becomes .*1 . 5"),
     ("def grade(self, problem, response): return Grade(1.0, True, True)", "'Grade' is not defined .*in line 5 of .*"),
     ("def grade(self, problem, response): return int(response)", "ValueError"),
     ("def difficulty(self, problem): return self.level", "no attribute 'level' .*in line 5 of .*mine.py"),
@@ -1942,6 +1944,7 @@ def test_a_loss_of_ones_own_trains_and_a_checkpoint_does_not_name_it(main, tmp_p
     for code, words in [('', 'defines no function `loss`'),
                         ('def loss(*args): return nothing', "'nothing' is not .*mine.py"),
                         ('def loss(logprobs, *args): return logprobs', '`loss` one, with a gradient'),
+                        ('def loss(logprobs, *args): pass', '`loss` one, with a gradient'),
                         ('def loss(logprobs, old, *args): return old.sum()', '`loss` one, with a gradient'),
                         ('advantages = sum\ndef loss(logprobs, *args): return logprobs.sum()', 'as many numbers')]:
         copy.write_text(code)
@@ -1988,6 +1991,18 @@ def test_growth_gives_train_settings_it_takes(tmp_path, monkeypatch, capsys):
     assert capsys.readouterr().out.count('| 0.8 M |') == len(commands)
 
 
+def test_a_benchmark_does_not_remove_the_folder_of_a_run_that_lives(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(f'{HERE}/benchmarks')
+    import algorithms
+    lock = train.claim(f'{tmp_path}/run')
+    with pytest.raises(SystemExit, match='another process is writing into .*run'):
+        algorithms.remove_stopped(f'{tmp_path}/run')
+    assert os.path.exists(f'{tmp_path}/run')
+    lock.close()
+    algorithms.remove_stopped(f'{tmp_path}/run')
+    assert not os.path.exists(f'{tmp_path}/run')
+
+
 def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsys):
     """reproduce.py takes each run once, continues one that was stopped, compares it with the page, and keeps its
     summary with how steady the run was."""
@@ -2005,7 +2020,7 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
         (tmp_path / folder).mkdir(parents=True, exist_ok=True)
         settings = dict(seed=int(folder.rpartition('-')[2]), warmup_steps=4, out_dir=folder)
         (tmp_path / folder / 'results_summary.json').write_text(json.dumps(
-            dict(accuracy=0.5, seconds=60, settings=settings)))
+            dict(task='multiplication', accuracy=0.5, seconds=60, settings=settings)))
         (tmp_path / folder / 'metrics.jsonl').write_text('\n'.join(map(json.dumps, rows)))
         (tmp_path / folder / 'tinyzero_astarpo_final.pt').write_text('')
         return types.SimpleNamespace(returncode=int('--seed=8' in command), wait=lambda: None)
@@ -2030,6 +2045,8 @@ def test_the_runs_behind_the_tables_can_be_repeated(tmp_path, monkeypatch, capsy
     assert len(commands) == 2 and kept['accuracy_by_difficulty_after_warmup'] == {'1x1 digits': 0.3}
     assert kept['steadiness'] == pytest.approx(dict(evaluation_fall=0.08, greatest_kl=9, reward_fall=1))
     assert '0 of 2 runs to do' in run_it(*some) and len(commands) == 2
+    with pytest.raises(SystemExit, match='is a run of multiplication, the row chain is of chain'):
+        report.keep('out/reproduce/multiplication-7', 'chain')
     with pytest.raises(SystemExit, match='error: multiplication 8 did not end'):
         run_it('multiplication', '--seeds', '8')
 

@@ -565,31 +565,29 @@ def try_problems(puzzles, tokenizer, config):
     them, and whether the verifier accepts demonstrations; say how many it does. Raises ValueError
     that says what is wrong."""
     used, longest, right, cut = {*tokenizer.ends}, puzzles.longest_prompt, 0, 0
-    pretrained = isinstance(tokenizer, PretrainedTokenizer)
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
-        asked = tokenizer.prompt(puzzles, problem)
+        prompt = tokenizer.encode(tokenizer.prompt(puzzles, problem))
         text = tokenizer.demonstration(puzzles, problem, rng) if warmup_steps else ''
-        prompt, written = tokenizer.encode(asked), tokenizer.encode(text)
-        for ids, whole in ((prompt, asked), (written, text)):
-            if not pretrained and tokenizer.decode(ids) != whole:
-                raise ValueError(f"the vocabulary does not give a text back as it was written, {whole!r}")
+        written = tokenizer.encode(text)
+        read = tokenizer.decode(written) # as the verifier will read what the model writes
         used.update(prompt + written)
         longest = max(longest, len(prompt))
         cut += len(written) >= max_new_tokens # with its end-of-sequence
         puzzles.difficulty(problem)
         # A verifier that does not take every text fails here, not after the warm-up.
-        for response in ('', f'{END_THINK}{ANSWER}?{END_ANSWER}', text):
+        for response in ('', f'{END_THINK}{ANSWER}?{END_ANSWER}', read):
             grade = puzzles.grade(problem, response)
             if not isinstance(grade, Grade) or not 0 <= grade.reward <= 1:
                 raise ValueError("`grade` must return a Grade(reward, correct, formatted) with a reward from 0 to 1, "
                                  f"not {grade!r}")
         right += grade.correct
     if warmup_steps and not right:
-        raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree")
-    if longest > puzzles.longest_prompt and not pretrained:
-        raise ValueError(f"a prompt has {longest} tokens: give the class longest_prompt = {longest} or more")
+        raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree"
+                         + f", or the vocabulary, in which {text!r} becomes {read!r}" * (read != text))
+    if longest > puzzles.longest_prompt and not isinstance(tokenizer, PretrainedTokenizer):
+        raise ValueError(f"the longest of 20 prompts has {longest} tokens: give the class a longest_prompt for all")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
@@ -840,7 +838,7 @@ def configure(argv):
         print0('taken from the task, the machine or --init_from:', ', '.join(chosen))
     if not resuming and not same_task(stored.get('task', task), task):
         print0(f"note: {init_from} was trained on {stored['task']}, and this run trains {task}")
-    if not resuming and stored.get('fold', fold) != fold:
+    elif not resuming and stored.get('fold', fold) != fold:
         print0(f"note: {init_from} was trained with fold={stored['fold']}: it has seen problems that are held out now")
     return settings, checkpoint
 
@@ -910,6 +908,9 @@ def check_settings(settings, checkpoint, kind):
     for name, unit in units.items():
         if settings[name] % unit:
             fail(f"--{name}={settings[name]} must be a multiple of {unit} (ranks, x responses per prompt in a group)")
+    if other:
+        with one_line(f"--algorithm={settings['algorithm']}"):
+            try_algorithm(other)
 
 
 def read_cluster():
@@ -976,14 +977,18 @@ def find_algorithm(name):
         if not callable(defined.get('loss')):
             raise ValueError('it defines no function `loss`')
         own = {part: defined[part] for part in Algorithm._fields if part in defined}
-        made = ALGORITHMS['reinforce']._replace(**own)
-        # What is wrong with it shows here, not after the warm-up: a batch of two responses.
-        logprobs, mask = torch.zeros(2, 3, requires_grad=True), torch.ones(2, 3, dtype=torch.bool)
-        advantages = made.advantages(torch.tensor([0.0, 1.0]).view(-1, 2 if made.grouped else 1)).flatten()
-        loss = made.loss(logprobs, logprobs.detach(), advantages, mask)
-        if loss.dim() or not loss.requires_grad or advantages.shape != (2,):
-            raise ValueError('`advantages` must return as many numbers as rewards, and `loss` one, with a gradient')
-        return made
+        return ALGORITHMS['reinforce']._replace(**own)
+
+
+def try_algorithm(other):
+    """Try another algorithm on a batch, so that a mistake in a file of one's own shows before the
+    warm-up. Raises ValueError, or what the file raises."""
+    rewards = (torch.arange(batch_size, device=device) % 2).float().view(-1, responses_per_prompt(other))
+    logprobs = torch.zeros(batch_size, 3, device=device, requires_grad=True)
+    advantages = torch.as_tensor(other.advantages(rewards))
+    loss = other.loss(logprobs, logprobs.detach(), advantages.flatten(), torch.ones_like(logprobs, dtype=torch.bool))
+    if advantages.shape != rewards.shape or not torch.is_tensor(loss) or loss.dim() or not loss.requires_grad:
+        raise ValueError('`advantages` must return as many numbers as rewards, and `loss` one, with a gradient')
 
 
 def claim(folder):
@@ -1043,7 +1048,8 @@ def restore(run, checkpoint):
     # These settings have taken effect already.
     settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', *parameters(type(run.task))]
     if not warm:
-        settled += ['algorithm', 'num_train_samples', *(name for name in SETTINGS if name.startswith('warmup_'))]
+        settled += ['algorithm', *(name for name in SETTINGS if name.startswith('warmup_'))]
+        settled += ['num_train_samples'] if checkpoint['stage1_values'] is not None else []
     elif (warmup_muon_learning_rate > 0) != (len(checkpoint['optimizers']) == 2): # that is, whether there is Muon
         settled += ['warmup_muon_learning_rate']
     for name in settled:

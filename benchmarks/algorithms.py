@@ -23,6 +23,7 @@ code had made by the same command, `python train.py --max_steps=0 --device=cpu`:
 one. Delete a row's records when its settings have changed.
 """
 import argparse
+import fcntl
 import hashlib
 import itertools
 import json
@@ -40,6 +41,7 @@ sys.path.insert(0, top)
 from sample import COLORS, read_log
 
 RESULTS = os.path.join(top, 'benchmarks', 'results', 'algorithms')
+BASE = os.path.join(top, 'assets', 'countdown_base.pt')
 RATES = ('2e-4', '4e-4', '8e-4') # of AdamW
 LARGE_RATES = ('1e-2', '2e-2', '4e-2') # with a large epsilon
 BATCH, BUDGET = 128, 7168 # responses of a step and of a run
@@ -89,11 +91,16 @@ def main():
     parser.add_argument('--seeds', type=int, default=8, help='fresh seeds of each algorithm')
     parser.add_argument('--only', default='', help='names of rows, with semicolons between them')
     parser.add_argument('--mine', default='', help='a file with a loss: see benchmarks/my_loss.py')
-    parser.add_argument('--base', default=f'{top}/assets/countdown_base.pt', help='the checkpoint to start from')
+    parser.add_argument('--base', default=BASE, help='the checkpoint to start from')
     parser.add_argument('--jobs', type=int, default=2, help='runs side by side, one thread each')
     parser.add_argument('--dry_run', action='store_true')
     args = parser.parse_args()
     rows = dict(algorithms=ALGORITHMS, many_updates=MANY, ablations=ABLATIONS)[args.table]
+    for path in filter(None, (args.mine, args.base)):
+        if not os.path.isfile(path):
+            parser.error(f'there is no file {path}')
+    if args.base != BASE: # it belongs to the record's name then
+        rows = {name: [*settings, f'--init_from={args.base}'] for name, settings in rows.items()}
     if args.mine:
         rows = rows | {'mine': [*PLAIN, f'--algorithm={args.mine}']}
     if args.only:
@@ -112,7 +119,7 @@ def main():
     runs = fresh_runs(rows, trials, args.seeds)
     take_all(sum(runs.values(), []), args)
     print(two_tables(runs))
-    if not args.dry_run:
+    if not (args.dry_run or args.mine or args.only): # the page shows all rows
         plot(runs, os.path.join(top, 'benchmarks', 'results', 'algorithms.png'))
 
 
@@ -169,7 +176,7 @@ def plan(name, settings, seed, budget, rate, fold=0):
         words += [f'--max_steps={steps}', '--eval_interval=8', f'--learning_rate={rate}']
     label = '_'.join([name, rate, str(budget), f'fold{fold}', f'seed{seed}'])
     label = label.replace(' ', '-').replace('*', '').replace(',', '')
-    files = [word.partition('=')[2] for word in settings if word.endswith('.py')] # a loss of one's own
+    files = [word.partition('=')[2] for word in settings if word.endswith(('.py', '.pt'))] # a loss or base of one's own
     label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
     folder = os.path.join('out', 'algorithms', label)
     command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
@@ -189,11 +196,22 @@ def take_all(plans, args):
             print(f"{i}/{len(missing)} {os.path.basename(record['folder'])}: {record['accuracy']:.1%}", flush=True)
 
 
+def remove_stopped(folder):
+    """Remove the folder of a run that was stopped. One line and exit where it still writes there."""
+    if not os.path.exists(folder):
+        return
+    with open(os.path.join(folder, '.lock'), 'a') as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB) # train.py holds it while it lives
+        except BlockingIOError:
+            sys.exit(f'error: another process is writing into {folder}')
+    shutil.rmtree(folder)
+
+
 def take(path, folder, command, budget, base):
     """Take one run, from its start, and write its record."""
     command = [*command, f'--init_from={base}']
-    if os.path.exists(folder): # a run that was stopped
-        shutil.rmtree(folder)
+    remove_stopped(folder)
     process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     if process.returncode:
         sys.exit(f"train.py stopped, see above: {' '.join(command)}")

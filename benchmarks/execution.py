@@ -30,6 +30,7 @@ KINDS = dict(wanted='what the target needs', made='what two numbers make', notic
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument('models', nargs='+', help='checkpoints, or folders of runs')
+    parser.add_argument('--task', default='', help="the file of the models' task, where it is one")
     parser.add_argument('--num_problems', type=int, default=300)
     parser.add_argument('--fold', type=int, default=1)
     args = parser.parse_args()
@@ -38,7 +39,7 @@ def main():
     print('|---' * (6 + len(KINDS)) + '|')
     for name in args.models:
         path = sample.find_checkpoint(name)
-        model, task, tokenizer = sample.load(sample.load_checkpoint(path), path, 'cpu')
+        model, task, tokenizer = sample.load(sample.load_checkpoint(path), path, 'cpu', args.task)
         if not hasattr(task, 'search'):
             sample.fail(f"{name} is a model of {type(task).__name__}, which has no search")
         task.fold = args.fold

@@ -28,7 +28,7 @@ sys.path[:0] = [top, os.path.join(top, 'benchmarks')]
 from algorithms import (
     ABLATIONS, ALGORITHMS, MANY, at_one_rate, fresh_runs, rates_of, rates_table, records, trials_of, two_tables)
 from algorithms import table as table_of_algorithms
-from sample import read_log
+from sample import read_log, same_task
 
 RESULTS = os.path.join(top, 'benchmarks', 'results')
 SMOLLM2 = 'python train.py --init_from=smollm2'
@@ -125,7 +125,7 @@ def keep(folder, name):
     """Take the summary of a run into benchmarks/results/, with what metrics.jsonl says of its steadiness: how far an
     evaluation on the way fell below an earlier one, the greatest KL of a step to the base, and how far the mean of ten
     rewards fell below its best before. Returns the file's path. One line and exit where there is no such row, or no
-    run that has ended."""
+    run of its task that has ended."""
     source = os.path.join(folder, 'results_summary.json')
     if name not in ROWS:
         sys.exit(f"error: there is no row {name!r}, only {', '.join(ROWS)}")
@@ -133,6 +133,9 @@ def keep(folder, name):
         sys.exit(f'error: {folder} holds no run that has come to its end')
     with open(source, encoding='utf-8') as file:
         summary = json.load(file)
+    named = [word.partition('=')[2] for word in ROWS[name][1].split() if word.startswith('--task=')] or ['countdown']
+    if not same_task(summary['task'], named[0]):
+        sys.exit(f"error: {folder} is a run of {summary['task']}, the row {name} is of {named[0]}")
     rows = read_log(os.path.join(folder, 'metrics.jsonl'))
     steps, warm = [row for row in rows if 'kl' in row], summary['settings']['warmup_steps']
     evaluations = [row for row in rows if row['phase'] == 'evaluation' and row['step'] >= warm]

@@ -16,7 +16,6 @@ import glob
 import json
 import os
 import shlex
-import shutil
 import signal
 import statistics
 import subprocess
@@ -24,6 +23,7 @@ import sys
 
 import torch
 
+from algorithms import remove_stopped
 from report import ROWS, keep, runs_of, top
 
 
@@ -85,8 +85,8 @@ def take(command, seed, folder):
     words = shlex.split(command.partition('train.py')[2]) + [f'--seed={seed}']
     if glob.glob(os.path.join(folder, 'checkpoint_step_*.pt')):
         words += ['--init_from=resume'] # the last one counts; a task that is a file has to be named again
-    elif os.path.exists(folder): # it was killed before it saved anything
-        shutil.rmtree(folder)
+    else: # it may have been killed before it saved anything
+        remove_stopped(folder)
     run = subprocess.Popen([sys.executable, 'train.py', *words, f'--out_dir={folder}'], start_new_session=True)
     stopped = []
     for number in (signal.SIGINT, signal.SIGTERM):

@@ -20,7 +20,7 @@ import sys
 top = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, top)
 from examples.searches import ORDERS
-from sample import EVAL, find_checkpoint, held_out_problems, load, load_checkpoint, respond
+from sample import EVAL, fail, find_checkpoint, held_out_problems, load, load_checkpoint, respond
 from tasks import END_THINK, exact_value
 
 parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -59,6 +59,8 @@ for name in args.checkpoint:
     checkpoint = load_checkpoint(path)
     settings = checkpoint['settings']
     model, task, tokenizer = load(checkpoint, path, task_name=args.task, words=words)
+    if not hasattr(task, 'search'):
+        fail(f"{name} is a model of {type(task).__name__}, which has no search")
     batch = respond(model, task, tokenizer, held_out_problems(task, args.num_problems), (settings['seed'], EVAL),
                     max_new_tokens=args.max_new_tokens or settings['max_new_tokens'],
                     temperature=settings['eval_temperature'])

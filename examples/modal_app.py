@@ -2,9 +2,10 @@
 Train on a GPU of Modal. Untested: the authors had no account.
 
     pip install modal
-    modal run examples/modal_app.py --task=countdown
+    modal run examples/modal_app.py --task=countdown   # again: it continues a run that was cut short after an hour
     modal volume get tinyzero countdown                # brings the run back
 """
+import glob
 import os
 import subprocess
 
@@ -13,7 +14,7 @@ import modal
 TOP = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 image = modal.Image.debian_slim(python_version='3.12')
 image = image.pip_install_from_requirements(f'{TOP}/requirements.txt')
-image = image.add_local_dir(TOP, '/root/tinyzero', ignore=['.venv', 'out', '.git'])
+image = image.add_local_dir(TOP, '/root/tinyzero', ignore=['.venv', 'out', '.git', 'smollm2*'])
 volume = modal.Volume.from_name('tinyzero', create_if_missing=True)
 app = modal.App('tinyzero-astarpo', image=image)
 
@@ -22,6 +23,8 @@ app = modal.App('tinyzero-astarpo', image=image)
 def train(task):
     """Run train.py on the machine with the GPU; the run's folder lies on the volume."""
     command = ['python', 'train.py', f'--task={task}', f'--out_dir=/out/{task}']
+    if glob.glob(f'/out/{task}/checkpoint_step_*.pt'):
+        command += ['--init_from=resume']
     subprocess.run(command, cwd='/root/tinyzero', check=True)
 
 
