@@ -28,7 +28,7 @@ torch.backends.cuda.enable_cudnn_sdp(False) # it plans every new shape anew, whi
 @dataclass
 class ModelConfig:
     vocab_size: int
-    max_seq_len: int = 512 # longest prompt + response
+    max_seq_len: int = 2 ** 20 # longest prompt + response, which bounds pretrained weights only
     d_model: int = 128
     n_layers: int = 4
     n_heads: int = 4
@@ -317,13 +317,14 @@ class Transformer(nn.Module):
 
 
 @torch.no_grad()
-def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform=None, watch=None):
+def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform=None, stop=None):
     """Sample one response for each prompt.
 
     prompts: list of lists of token ids, lengths may differ. temperature divides the logits; 0 is
     greedy. ends: the tokens that end a response; the first one also pads. uniform (B,
     max_new_tokens) in [0, 1): the noise, one number for each token, fresh when not given; what a
-    row samples does not depend on the others. watch is called after each step.
+    row samples does not depend on the others. stop, a function, says before each step whether to
+    raise KeyboardInterrupt.
 
     Returns tokens (B, T), each row its prompt, its response and padding, and mask (B, T), True at
     sampled positions up to and including the first end. A row without an end under its mask ran
@@ -339,8 +340,8 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, ends=(0,), uniform
     with torch.inference_mode():
         batch.read(shortest)
         for t in range(shortest, longest + max_new_tokens): # the newest tokens stand there
-            if watch:
-                watch()
+            if stop and stop():
+                raise KeyboardInterrupt
             # A GPU is asked every few tokens only, because it has to stop and answer.
             if t % 8 == 0 or not batch.tokens.is_cuda:
                 batch.drop_ended()

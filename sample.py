@@ -68,7 +68,7 @@ GRADES = ('reward', 'correct', 'formatted', 'truncated', 'length')
 
 
 def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, temperature, first=0,
-            rollout_rows=1024, watch=None, progress=None):
+            rollout_rows=1024, stop=None, progress=None):
     """
     Sample `repeat` responses to each problem, rollout_rows side by side, and grade them. Every
     reward is decided here, for stage 1, stage 2 and evaluation alike: it is what the task's `grade`
@@ -76,7 +76,7 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
 
     The noise of a response follows from the integers in key and from its index in the whole batch,
     where `first` is that of the first one here: so it does not matter how ranks and pieces share
-    the batch. watch: see model.generate. progress, a function, is given a line that says how long
+    the batch. stop: see model.generate. progress, a function, is given a line that says how long
     many responses still take. Returns a Batch.
     """
     started, device = time.monotonic(), model.embed.weight.device
@@ -88,7 +88,7 @@ def respond(model, task, tokenizer, problems, key, repeat=1, *, max_new_tokens, 
         # The last 1 keeps the noise apart from the numbers that drew the problem of that index.
         rngs = [np.random.default_rng((*key, first + start + i, 1)) for i in range(len(part))]
         noise = torch.from_numpy(np.stack([rng.random(max_new_tokens, np.float32) for rng in rngs]))
-        pieces.append(generate(model, prompts, max_new_tokens, temperature, tokenizer.ends, noise, watch))
+        pieces.append(generate(model, prompts, max_new_tokens, temperature, tokenizer.ends, noise, stop))
         done, spent = start + len(part), time.monotonic() - started
         if progress and spent > 10 and done < len(problems): # many long responses take minutes
             left = spent / 60 * (len(problems) / done - 1)
@@ -133,6 +133,14 @@ def summarize(rows):
     return dict(accuracy=p, interval_95=interval, count=len(rows),
                 by_difficulty={group: mean('correct', members) for group, members in groups.items()},
                 **{name: mean(name, rows) for name in GRADES if name != 'correct'})
+
+
+def described(result):
+    """Return what summarize has found as a line."""
+    low, high = result['interval_95']
+    groups = [f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()]
+    return (f"accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {result['count']}, {', '.join(groups)}, "
+            f"formatted {result['formatted']:.3f}, truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
 
 
 @functools.lru_cache(maxsize=1) # drawing 2,000 takes a second
@@ -279,9 +287,7 @@ def grade_problems(models, options, path, problems, source):
     result = summarize(rows)
     verdicts = np.reshape([row['correct'] for row in rows], (-1, n)).sum(1).astype(int).tolist()
     print(summary_line(verdicts, n))
-    low, high = result['interval_95']
-    print(f'95% interval {low:.3f} to {high:.3f}', *[
-        f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()], sep=', ')
+    print(described(result))
     own = {name: getattr(models[1], name, None) for name in parameters(type(models[1]))}
     row = dict(checkpoint=path, task=dict(name=type(models[1]).__name__, **own), problems=source,
                num_problems=len(verdicts), num_samples=n, temperature=options['temperature'],
@@ -350,11 +356,8 @@ def load(checkpoint, name, device='auto', task_name='', words=()):
     tokenizer = make_tokenizer(checkpoint['tokenizer'], task, name, checkpoint['settings'].get('num_examples', 0))
     device = pick_device(device)
     with one_line(name):
-        config = checkpoint['config']
-        if isinstance(tokenizer, Tokenizer): # the positions of our own models may grow
-            config.max_seq_len = max(config.max_seq_len, task.longest_prompt + checkpoint['settings']['max_new_tokens'])
-        model = Transformer.without_memory(config).to(getattr(torch, pick_dtype(device))).requires_grad_(False)
-        model.allocate(device)
+        model = Transformer.without_memory(checkpoint['config']).to(getattr(torch, pick_dtype(device)))
+        model.requires_grad_(False).allocate(device)
         for p, whole in weights_of(checkpoint, model):
             p.copy_(whole)
     return model, task, tokenizer
@@ -484,6 +487,8 @@ def load_checkpoint(path, needed=()):
             raise ValueError(f"it does not say {FORMAT!r}")
         if missing := {'task', 'step', 'settings', 'config', 'tokenizer', 'model', *needed} - checkpoint.keys():
             raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+        if isinstance(checkpoint['tokenizer'], list): # a model of our own, of which older files bound the positions
+            checkpoint['config'].pop('max_seq_len', None)
         return checkpoint | dict(config=ModelConfig(**checkpoint['config']), settings=dict(checkpoint['settings']))
 
 
@@ -574,7 +579,7 @@ def run_script(main, lower):
     except (MemoryError, RuntimeError, ValueError) as error:
         message = ' '.join(repr(error).split())[:120]
         if 'max_seq_len' in message:
-            sys.exit(f'error: {error}: give the class of the task a larger longest_prompt')
+            sys.exit(f'error: {error} of these weights')
         if re.search("MemoryError|out of memory|ALLOC_FAILED|can't allocate memory|not enough memory", repr(error)):
             sys.exit(f'error: out of memory: lower {lower} ({message})')
         if 'inline_container' in str(error): # as torch.save says it

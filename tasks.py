@@ -190,7 +190,6 @@ class Task:
     """
     defaults = {} # the settings of train.py that suit this task
     tokens = None # the vocabulary of a model from random weights; a task without one needs pretrained weights
-    longest_prompt = 256 # tokens; a model from random weights has positions for no more
     fold = 0 # which tenth of the problems is held out, 0 to 9
 
     def canonical(self, problem):

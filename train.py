@@ -41,7 +41,7 @@ from apo import (
     ALGORITHMS, Algorithm, apo_loss, optimal_value, residual, sequence_logprobs, value_loss)
 from model import ModelConfig, Transformer, embed_numbers, micro_batches, packs, token_logprobs, trim
 from sample import (
-    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, checkpoints, evaluate, fail, find_checkpoint, held_out_problems,
+    EVAL, FORMAT, STAGE1, TRAIN, WARMUP, checkpoints, described, evaluate, fail, find_checkpoint, held_out_problems,
     load_checkpoint, make_task, make_tokenizer, one_line, open_model, parameters, pick_device, pick_dtype, plot_runs,
     read_arguments, read_log, refuse, respond, run_script, same_task, summarize, task_class, trusted, weights_of)
 from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer, run_file
@@ -123,7 +123,7 @@ LAPTOP = PRETRAINED | dict(
     num_eval_samples=640, max_new_tokens=64, keep_checkpoints=1)
 PATHS = ('task', 'out_dir', 'init_from', 'algorithm') # names or paths
 LOGS = ('metrics.jsonl', 'samples.jsonl')
-PLAIN = ('last_evaluation', 'best', 'tracker_id', 'step') # a checkpoint has these of a Run
+PLAIN = ('last_evaluation', 'best', 'tracker_id', 'step', 'stage1_values') # a checkpoint has these of a Run
 PARTS = ('rollout', 'grading', 'reference', 'update') # of a step of A*PO, timed
 rank, world_size = 0, 1 # read_cluster sets them
 
@@ -141,7 +141,7 @@ class Run:
     reference: Transformer = None # pi_ref, whole and frozen
     base: Transformer = None # the warmed-up model, for the KL that a refreshed reference would hide
     other: Algorithm = None # what takes the place of A*PO
-    stage1_values: torch.Tensor = None # V* of the prompts of stage 1, (num_train_samples,)
+    stage1_values: list = None # floats, V* of the prompts of stage 1, (num_train_samples,)
     step: int = 0 # steps so far, those of the warm-up included
     last_evaluation: tuple = (-1, 0) # its step and its number of responses
     best: tuple = (0.0, 0) # accuracy and step of the best evaluation, whose checkpoint is kept
@@ -177,7 +177,7 @@ def main():
         checkpoint_if_due(run)
     if run.reference is None:
         run.base = run.reference = frozen_copy(run.model)
-        run.optimizers = make_optimizers(run.model, eps=adam_eps)
+        run.optimizers = make_optimizers(run.model, learning_rate, eps=adam_eps)
 
     while run.step < warmup_steps + max_steps:
         stage2_step = run.step - warmup_steps
@@ -216,8 +216,7 @@ def warm_up_step(run):
         run.scaler.scale(loss * world_size).backward() # FSDP averages gradients over the ranks
         total_loss += loss.detach()
     decay = 0.05 + 0.95 * (1 - run.step / warmup_steps) / 0.4
-    set_learning_rates(run, min(1, (run.step + 1) / min(20, 0.2 * warmup_steps), decay), dict(
-        policy=warmup_learning_rate, matrices=warmup_muon_learning_rate))
+    set_learning_rates(run, min(1, (run.step + 1) / min(20, 0.2 * warmup_steps), decay))
     grad_norm = optimizer_step(run)
     run.step += 1
     return dict(loss=all_reduce(total_loss).item(), grad_norm=grad_norm, tokens=int(total_tokens),
@@ -266,7 +265,7 @@ def estimate_values(run):
         for p, gradient in zip(run.model.value_head.parameters(), torch.autograd.grad(loss, head)):
             p.grad = shard(all_reduce(gradient) / world_size, p)
         optimizer_step(run)
-    run.stage1_values = values
+    run.stage1_values = values.tolist()
 
 
 def prompt_features(run, tokens, mask):
@@ -388,7 +387,7 @@ def stage2_problems(run):
                   for epoch, _ in places}
         chosen = [int(orders[epoch][place]) for epoch, place in places]
         drawn = run.task.training_problems((seed, STAGE1, 0), chosen)
-        return [problem for problem, _ in drawn], run.stage1_values[chosen]
+        return [problem for problem, _ in drawn], torch.tensor([run.stage1_values[i] for i in chosen], device=device)
     groups = responses_per_prompt(run.other) # every prompt as often in a row
     drawn = run.task.training_problems((seed, TRAIN, step), share(batch_size // groups))
     return [problem for problem, _ in drawn for _ in range(groups)], None
@@ -443,7 +442,7 @@ def rollout(run, function, problems, stream, first, at_temperature, repeat=1):
             result = function(
                 run.rollout_model, run.task, run.tokenizer, problems, (seed, stream, run.step), repeat,
                 first=first, max_new_tokens=max_new_tokens, temperature=at_temperature, rollout_rows=rollout_rows,
-                watch=lambda: watch_signals(run), progress=lambda line: print0(f'{name}: {line}'))
+                stop=lambda: run.stopping, progress=lambda line: print0(f'{name}: {line}'))
     leave_if_asked(run)
     return result
 
@@ -492,11 +491,7 @@ def log_evaluation(run, when, one_in=1):
     repeat = max(1, num_eval_samples // one_in // len(problems))
     rows = answers(run, problems, eval_temperature, repeat)
     result = summarize(rows)
-    low, high = result['interval_95']
-    groups = [f'{group} {share:.3f}' for group, share in result['by_difficulty'].items()]
-    print0(f"held-out {when}: accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] of {len(rows)}, "
-           f"{', '.join(groups)}, formatted {result['formatted']:.3f}, "
-           f"truncated {result['truncated']:.3f}, {result['length']:.0f} tokens")
+    print0(f'held-out {when}: {described(result)}')
     if run.last_evaluation != (run.step, len(rows)): # a finished run that is resumed has it in its logs
         record(run, LOGS[0], dict(step=run.step, seconds=seconds, phase='evaluation', **result))
         for row in rows[::repeat][:8]:
@@ -530,9 +525,7 @@ def build(settings, checkpoint):
         # Within a thousand positions the slow features of the usual rope_theta, 10,000, would
         # hardly turn.
         config = checkpoint['config'] if checkpoint else ModelConfig(
-            len(tokenizer.tokens), 0, d_model, n_layers, n_heads, n_kv_heads, d_ff, rope_theta=1e3, qk_norm=True)
-        if not pretrained: # the positions of our own models may grow
-            config.max_seq_len = max(config.max_seq_len, puzzles.longest_prompt + max_new_tokens)
+            len(tokenizer.tokens), **{name: settings[name] for name in MODEL}, rope_theta=1e3, qk_norm=True)
         try_problems(puzzles, tokenizer, config)
     # Sharded before it has memory and filled tensor by tensor, so that a large model is never whole
     # where it trains.
@@ -548,7 +541,7 @@ def build(settings, checkpoint):
     model.share_prefix = not (world_size > 1 or cpu_offload or activation_checkpointing or compile)
     model.pack = not compile # which would compile anew for each set of lengths
     scaler = torch.amp.GradScaler(device, growth_interval=500, enabled=dtype == 'float16')
-    optimizers = make_optimizers(model, muon=warmup_muon_learning_rate > 0)
+    optimizers = make_optimizers(model, warmup_learning_rate, warmup_muon_learning_rate)
     run = Run(settings, puzzles, tokenizer, model, frozen_copy(model), scaler, optimizers,
               other=find_algorithm(algorithm))
     if compile:
@@ -564,7 +557,7 @@ def try_problems(puzzles, tokenizer, config):
     """Try whether there are problems of both splits, whether the vocabulary and the model can take
     them, and whether the verifier accepts demonstrations; say how many it does. Raises ValueError
     that says what is wrong."""
-    used, longest, right, cut = {*tokenizer.ends}, puzzles.longest_prompt, 0, 0
+    used, longest, right, cut = {*tokenizer.ends}, getattr(puzzles, 'longest_prompt', 0), 0, 0
     for i in range(20):
         rng = np.random.default_rng(i)
         problem = puzzles.draw(rng, test=i % 2 == 0)
@@ -586,8 +579,6 @@ def try_problems(puzzles, tokenizer, config):
     if warmup_steps and not right:
         raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree"
                          + f", or the vocabulary, in which {text!r} becomes {read!r}" * (read != text))
-    if longest > puzzles.longest_prompt and not isinstance(tokenizer, PretrainedTokenizer):
-        raise ValueError(f"the longest of 20 prompts has {longest} tokens: give the class a longest_prompt for all")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")
@@ -681,17 +672,17 @@ def on_device(model):
         model.to('cpu')
 
 
-def make_optimizers(model, muon=False, eps=1e-8):
+def make_optimizers(model, rate, muon_rate=0.0, eps=1e-8):
     """Make AdamW on float32 master weights, and in the warm-up Muon for the matrices of the blocks.
     The value head is a small regression beside the policy, with a learning rate of its own."""
     policy, value_head, matrices = [], [], []
     for name, p in model.named_parameters():
-        in_block = muon and p.dim() == 2 and 'blocks' in name
+        in_block = muon_rate and p.dim() == 2 and 'blocks' in name
         (value_head if name.startswith('value_head') else matrices if in_block else policy).append(p)
-    groups = [dict(params=policy, name='policy', eps=eps), dict(params=value_head, name='value_head')]
+    groups = [dict(params=policy, rate=rate, eps=eps), dict(params=value_head, rate=value_learning_rate)]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
-    if muon:
-        optimizers += [Muon([dict(params=matrices, name='matrices')], dict(lr=0.0, momentum=0.9))]
+    if muon_rate:
+        optimizers += [Muon([dict(params=matrices, rate=muon_rate)], dict(lr=0.0, momentum=0.9))]
     return optimizers
 
 
@@ -727,12 +718,11 @@ def orthogonalize(x, steps=5):
     return wide if x.size(0) <= x.size(1) else wide.T
 
 
-def set_learning_rates(run, factor, warmup_rates={}):
+def set_learning_rates(run, factor):
     """Set every learning rate to `factor` of its setting."""
-    rates = dict(policy=learning_rate, value_head=value_learning_rate) | warmup_rates
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
-            group['lr'] = rates[group['name']] * factor
+            group['lr'] = group['rate'] * factor
 
 
 def optimizer_step(run):
@@ -1021,7 +1011,7 @@ def save_checkpoint(run, final=False):
     if not final:
         checkpoint |= {name: getattr(run, name) for name in PLAIN} | dict(
             optimizers=[gathered(optimizer.state_dict()['state']) for optimizer in run.optimizers],
-            scaler=run.scaler.state_dict(), stage1_values=run.stage1_values, seconds=run.seconds,
+            scaler=run.scaler.state_dict(), seconds=run.seconds,
             reference=None if run.reference is None else run.reference.state_dict(),
             base=None if run.base is run.reference else run.base.state_dict())
     if rank:
@@ -1066,9 +1056,7 @@ def restore(run, checkpoint):
     if not warm:
         run.reference = frozen_copy(run.model, checkpoint['reference'])
         run.base = frozen_copy(run.model, checkpoint['base']) if checkpoint['base'] else run.reference
-        run.optimizers = make_optimizers(run.model, eps=adam_eps)
-    if checkpoint['stage1_values'] is not None: # a copy, because the file is mapped and may have to go
-        run.stage1_values = checkpoint['stage1_values'].to(device, copy=True)
+        run.optimizers = make_optimizers(run.model, learning_rate, eps=adam_eps)
     for optimizer, state in zip(run.optimizers, checkpoint['optimizers']):
         params = [p for group in optimizer.param_groups for p in group['params']]
         for i, entries in state.items(): # set one by one, so that no rank holds them whole
@@ -1105,12 +1093,6 @@ def catch_signals(run):
         number = getattr(signal, name, None) # Windows has two of them
         if number and signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, request_stop)
-
-
-def watch_signals(run):
-    """Leave the sampling when a signal asked for that: generate calls it after each token."""
-    if run.stopping:
-        raise KeyboardInterrupt
 
 
 def leave_if_asked(run):

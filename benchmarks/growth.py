@@ -35,7 +35,7 @@ def one(arguments):
     """Take the steps of one row. Prints its COLUMNS: a number, seconds, seconds, GB."""
     run = train.build(*train.configure(arguments))
     run.base = run.reference = train.frozen_copy(run.model)
-    run.optimizers = train.make_optimizers(run.model, eps=train.adam_eps)
+    run.optimizers = train.make_optimizers(run.model, train.learning_rate, eps=train.adam_eps)
     never_end(run)
     steps = [train.policy_step(run) for _ in range(4)][1:]
     rollout, update = (statistics.median(step[f'seconds_{first}'] + step[f'seconds_{second}'] for step in steps)

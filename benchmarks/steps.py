@@ -72,7 +72,7 @@ def our_run(task, weights, prompts, limit, ends, folder):
             f'--task={task}', *weights, f'--batch_size={prompts}', f'--max_new_tokens={limit}', '--max_steps=1000',
             '--learning_rate=1e-6', '--device=cpu', f'--out_dir={folder}/ours']))
     run.base = run.reference = train.frozen_copy(run.model)
-    run.optimizers = train.make_optimizers(run.model, eps=train.adam_eps)
+    run.optimizers = train.make_optimizers(run.model, train.learning_rate, eps=train.adam_eps)
     if not ends:
         never_end(run)
     return run

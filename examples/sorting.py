@@ -14,7 +14,6 @@ class Sorting(Task):
     # What train.py uses where the command line says nothing else; what is not here has the same default in all tasks.
     # max_new_tokens has to be enough for the longest demonstration: the start says how many are cut off.
     defaults = dict(warmup_steps=600, warmup_batch_size=32, max_steps=60, max_new_tokens=64)
-    # longest_prompt = 256 # tokens: give a larger one where your prompts are longer
 
     # Each argument is a setting of train.py, such as --max_number=20 here. `train.py --help` prints its default and its
     # comment, so each argument has both, on a line of its own.
