@@ -1,6 +1,6 @@
 """
-A*PO: policy optimisation by Optimal Advantage Regression (arXiv 2505.20686). Its formulas are on this page; `main`,
-`estimate_values` and `policy_step` in train.py put them together.
+A*PO: policy optimisation by Optimal Advantage Regression (arXiv 2505.20686). Its formulas are on
+this page; `main`, `estimate_values` and `policy_step` in train.py put them together.
 
 The aim is the policy that maximises  E_pi[r(x, y)] - beta KL(pi || pi_ref).  It is known in closed form,
     pi*(y|x) = pi_ref(y|x) exp((r(x, y) - V*(x)) / beta),
@@ -10,16 +10,17 @@ and everything in it but V* is at hand. So A*PO estimates V* from the reference,
     2.  loss  = E_{y ~ pi} [(beta2 log(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2] / (2 beta2)    apo_loss
     3.  log pi(y|x) = sum over the tokens of y of log pi(y_t | x, y_<t)             sequence_logprobs
 
-A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known before training starts.
+A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known
+before training starts.
 
 Left out on purpose: importance ratios and clipping (responses come from the current policy,
 except with several updates_per_batch), normalised advantages (r - V* is the target itself, its
 scale means something), a KL penalty (it is inside the square), a critic at every token.
 
 Kept from the paper, and surprising: beta1 = 0.5 for V* and a much smaller beta2 for the policy.
-They differ, so the loss does not go to 0, and is no measure of progress. On samples of the current
-policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with V* as
-the baseline, whatever V* is: a poor V* costs variance, not bias.
+They differ, so the loss does not go to 0, and is no measure of progress. On samples of the
+current policy the gradient of the square is that of REINFORCE on r - beta2 log(pi / pi_ref) with
+V* as the baseline, whatever V* is: a poor V* costs variance, not bias.
 
 Where train.py differs from the paper (RESULTS.md has what most of this bought). To train as published:
 `--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256

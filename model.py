@@ -1,14 +1,14 @@
 """
-The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, batched sampling, scoring, pretrained
-weights.
+The model: a decoder-only transformer in the Llama / Qwen recipe, its KV cache, batched sampling,
+scoring, pretrained weights.
 
-RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU, no biases (Qwen2.5's QKV bias,
-Qwen3's QK-norm and untied output weights are options). Beside the next-token logits it has a value head: one scalar per
-position, which A*PO reads at the end of the prompt as its estimate of V*(x).
+RMSNorm before every sublayer, rotary positions, grouped-query attention, SwiGLU, no biases
+(Qwen2.5's QKV bias, Qwen3's QK-norm and untied output weights are options). Beside the next-token
+logits it has a value head: one scalar per position, which A*PO reads at the end of the prompt as
+its estimate of V*(x).
 
-One `trunk` serves training, prefill and one-token decoding: it takes a KVCache, or rows packed behind one another, or
-neither.
-This file knows integers only: no text, no tasks, no rewards.
+One `trunk` serves training, prefill and one-token decoding: it takes a KVCache, or rows packed
+behind one another, or neither. This file knows integers only: no text, no tasks, no rewards.
 """
 import contextlib
 import json
@@ -22,7 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from torch.utils.checkpoint import checkpoint
 
-torch.backends.cuda.enable_cudnn_sdp(False) # it plans every new shape anew, which takes 40 ms on an H200
+torch.backends.cuda.enable_cudnn_sdp(False) # it plans every new shape anew: 40 ms on an H200
 
 
 @dataclass
@@ -32,7 +32,7 @@ class ModelConfig:
     d_model: int = 128
     n_layers: int = 4
     n_heads: int = 4
-    n_kv_heads: int = 0 # heads of keys and values, shared by groups of query heads; 0: as many as n_heads
+    n_kv_heads: int = 0 # heads of keys and values, which query heads share; 0: as many as n_heads
     d_ff: int = 384 # width of the SwiGLU, which has three matrices of this width
     head_dim: int = 0 # 0: d_model / n_heads
     rope_theta: float = 10000.0
@@ -204,7 +204,7 @@ class Block(nn.Module):
         self.attn_norm = nn.RMSNorm(config.d_model, config.norm_eps)
         self.attn = Attention(config, layer)
         self.mlp_norm = nn.RMSNorm(config.d_model, config.norm_eps)
-        self.w_gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False) # gate and up in one matrix multiply
+        self.w_gate_up = nn.Linear(config.d_model, 2 * config.d_ff, bias=False) # both in one multiply
         self.w_down = nn.Linear(config.d_ff, config.d_model, bias=False)
 
     def forward(self, x, cos, sin, cache, lengths):
@@ -218,7 +218,7 @@ class Transformer(nn.Module):
     def __init__(self, config):
         super().__init__()
         self.config = config
-        self.recompute = False # keep of each block only its input for the backward pass, which computes the rest again
+        self.recompute = False # keep only each block's input, and compute the rest again backwards
         self.share_prefix = True # compute once what all rows begin with
         self.pack = True # on a CPU score rows without their padding
         self.embed = nn.Embedding(config.vocab_size, config.d_model)
@@ -303,7 +303,7 @@ class Transformer(nn.Module):
         end = max(lengths or [tokens.size(1)]) + (cache.length if cache is not None else 0)
         if end > self.config.max_seq_len:
             raise ValueError(f"a sequence of {end} tokens does not fit max_seq_len={self.config.max_seq_len}")
-        if end > self.cos_sin.size(1): # it grows with the sequences: for a million positions it would take gigabytes
+        if end > self.cos_sin.size(1): # it grows: for a million positions it would take gigabytes
             self.rotary_table(min(2 * end, self.config.max_seq_len), tokens.device)
         x = self.embed(tokens) # (B, T, d_model)
         where = cache.extend(tokens.size(1)) if cache is not None else slice(end)

@@ -6,13 +6,15 @@ See what a trained model does.
     python sample.py --eval                           # grade the held-out problems
     python sample.py --plot out/countdown out/other   # curves of several runs over each other
 
-Takes the newest run under out/, one that came to its end before one that did not, else countdown's model in assets/.
-With --task=multiplication it takes the run in out/multiplication, else that task's model in assets/. --checkpoint=PATH
-names another: a file, the folder of a run, or pretrained weights, which need a --task=. The settings of the task can be
-given too, such as --max_factor=40.
+Takes the newest run under out/, one that came to its end before one that did not, else
+countdown's model in assets/. With --task=multiplication it takes the run in out/multiplication,
+else that task's model in assets/. --checkpoint=PATH names another: a file, the folder of a run,
+or pretrained weights, which need a --task=. The settings of the task can be given too, such as
+--max_factor=40.
 
-Training stands on this file: `respond` samples responses and grades them, in training and evaluation alike, and is the
-one place where rewards are decided. Everything takes its settings as arguments.
+Training stands on this file: `respond` samples responses and grades them, in training and
+evaluation alike, and is the one place where rewards are decided. Everything takes its settings as
+arguments.
 """
 import argparse
 import contextlib

@@ -1,12 +1,15 @@
 """
-The tasks: problems, prompts, demonstrations for the warm-up, the verifiers that decide what is right, and the split.
+The tasks: problems, prompts, demonstrations for the warm-up, the verifiers that decide what is
+right, and the split.
 
-A task is one class: its parameters are the keyword arguments of its constructor, its `defaults` the settings of
-train.py that suit it. Countdown and Multiplication are the main ones, Chain is the smallest, and examples/ has more, a
-file each, sorting.py with a comment at each part. This file knows strings only: no tensors, no model.
+A task is one class: its parameters are the keyword arguments of its constructor, its `defaults`
+the settings of train.py that suit it. Countdown and Multiplication are the main ones, Chain is
+the smallest, and examples/ has more, a file each, sorting.py with a comment at each part. This
+file knows strings only: no tensors, no model.
 
-The verifier is the ground truth of everything in this repo. It never executes what the model wrote: it has a tokenizer
-and a parser of its own, exact rational arithmetic, and refuses answers of more than 256 characters unread.
+The verifier is the ground truth of everything in this repo. It never executes what the model
+wrote: it has a tokenizer and a parser of its own, exact rational arithmetic, and refuses answers
+of more than 256 characters unread.
 """
 import functools
 import hashlib

@@ -1,14 +1,15 @@
 """
 Train a transformer to solve countdown or multiplication: warm-up by imitation, then A*PO.
 
-    python train.py                                               # countdown on this machine, CPU or GPU
-    torchrun --nproc_per_node=1 train.py --task=multiplication    # the same through torchrun
-    torchrun --nproc_per_node=8 train.py --batch_size=4096        # eight GPUs, FSDP
-    python train.py --init_from=resume                            # go on with the run in out/countdown
-    python train.py --init_from=PATH --out_dir=out/more           # A*PO from the model of a checkpoint
-    python train.py --init_from=Qwen/Qwen2.5-0.5B                 # A*PO from pretrained weights
+    python train.py                                             # countdown, on a CPU or a GPU
+    torchrun --nproc_per_node=1 train.py --task=multiplication  # the same through torchrun
+    torchrun --nproc_per_node=8 train.py --batch_size=4096      # eight GPUs, FSDP
+    python train.py --init_from=resume                          # continue the run in out/countdown
+    python train.py --init_from=PATH --out_dir=out/more         # A*PO from a checkpoint
+    python train.py --init_from=Qwen/Qwen2.5-0.5B               # A*PO from pretrained weights
 
-Every setting below can be given as --name=value or --name value; --help lists them, those of the tasks too.
+Every setting below can be given as --name=value or --name value. --help lists them, and those of
+the tasks.
 """
 import contextlib
 import copy
@@ -46,7 +47,7 @@ from sample import (
     read_arguments, read_log, refuse, respond, run_script, same_task, summarize, task_class, trusted, weights_of)
 from tasks import ANSWER, END_ANSWER, END_THINK, TASKS, Grade, PretrainedTokenizer, run_file
 
-# ---- settings of the default run, countdown on a CPU; a task's `defaults`, a GPU, pretrained weights change some ---
+# ---- settings of the default run; a task's `defaults`, a GPU, pretrained weights change some ----
 task = 'countdown' # countdown | multiplication | chain | a file such as examples/grid.py
 out_dir = 'out/TASK' # where checkpoints, metrics and curves go; by default out/ and the task's name
 init_from = 'scratch' # scratch | resume (the newest checkpoint in out_dir) | a checkpoint or pretrained weights
@@ -58,7 +59,7 @@ compile = False # torch.compile the training forward
 d_model = 128 # width of the residual stream
 n_layers = 4 # blocks
 n_heads = 4 # attention heads
-n_kv_heads = 2 # heads of keys and values, shared by groups of attention heads: one samples faster, four learn faster
+n_kv_heads = 2 # heads of keys and values, which attention heads share: one samples faster, four learn faster
 d_ff = 384 # width of the SwiGLU
 # warm-up: imitation of the task's demonstrations
 warmup_steps = 5000 # optimizer steps
@@ -80,25 +81,25 @@ max_step_kl = 0.005 # a batch moves the policy by at most so much, in nats a res
 temperature = 1.0 # divides the logits, in sampling and in scoring alike
 num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
-num_train_samples = 32 # prompts of stage 1, where the reference answers each num_responses_per_prompt times
-num_responses_per_prompt = 8 # responses of the reference in stage 1, and the group size of GRPO and its kin
+num_train_samples = 32 # prompts of stage 1, each answered num_responses_per_prompt times
+num_responses_per_prompt = 8 # responses of stage 1 to a prompt, and the group size of GRPO and its kin
 fresh_prompts = True # A*PO: new prompts at every step, V* from the value head; False: those of stage 1, with their V*
-ref_update_interval = 0 # every so many steps the reference becomes the current policy; 0: never, as in the paper
+ref_update_interval = 0 # steps after which the reference becomes the policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out, from the warm-up on; choose settings on another than you report
-num_eval_samples = 2000 # held-out responses after the warm-up and at the end; an eighth of them in between
+num_eval_samples = 2000 # held-out responses after the warm-up and at the end; between an eighth
 eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
-keep_checkpoints = 3 # the newest checkpoints that stay on the disk, beside the best evaluation's; 0: all
+keep_checkpoints = 3 # checkpoints that stay on the disk, beside the best evaluation's; 0: all
 tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
 # memory
 micro_batch_tokens = 2048 # tokens in one forward and backward pass
 rollout_rows = 1024 # responses sampled side by side
 activation_checkpointing = False # compute each block twice in an update, to keep less in memory
-cpu_offload = False # keep master weights, optimizer state and, between uses, the copies of the policy on the CPU
-# ---- end of settings -----------------------------------------------------------------------------------------------
+cpu_offload = False # master weights, optimizer state and, between uses, the copies stay on the CPU
+# ---- end of settings ----------------------------------------------------------------------------
 SETTINGS = {name: value for name, value in list(globals().items())
             if isinstance(value, (bool, int, float, str)) and name.islower() and not name.startswith('_')}
 CHOICES = dict(fold=range(10), dtype=('float32', 'bfloat16', 'float16'), tracker=('none', 'wandb'))
@@ -310,7 +311,7 @@ def policy_step(run):
     else:
         values = predicted_values(run, batch) if stored_values is None else stored_values # V*, (B,)
     shift = all_reduce((rewards - values).mean()) / world_size if centre else 0.0
-    old_by_sequence = torch.zeros_like(rewards) # (B,), log-probabilities by the policy before this batch
+    old_by_sequence = torch.zeros_like(rewards) # (B,), logprobs by the policy before this batch
     old_by_token = [] # those of every token, (b, T) for each piece
     set_learning_rates(run, 1 - (run.step - warmup_steps) / max_steps)
     before = [p.detach().clone() for p in policy_parameters(run)] if max_step_kl else []
