@@ -10,8 +10,8 @@ and everything in it but V* is at hand. So A*PO estimates V* from the reference,
     2.  loss  = E_{y ~ pi} [(beta2 log(pi(y|x) / pi_ref(y|x)) - (r(x, y) - V*(x)))^2] / (2 beta2)    apo_loss
     3.  log pi(y|x) = sum over the tokens of y of log pi(y_t | x, y_<t)             sequence_logprobs
 
-A* = r - V* is the optimal advantage. One response per prompt is enough, because V* is known
-before training starts.
+A* = r - V* is the optimal advantage. One response per prompt is enough, because V* comes from the
+reference and not from other responses of the policy.
 
 Left out on purpose: importance ratios and clipping (responses come from the current policy,
 except with several updates_per_batch), normalised advantages (r - V* is the target itself, its
@@ -26,7 +26,8 @@ Where train.py differs from the paper (RESULTS.md has what most of this bought).
 `--centre=False --max_step_kl=0 --beta2=1e-3 --fresh_prompts=False --num_train_samples=256
 --learning_rate=4e-4 --adam_eps=1e-8`.
   - A value head learns V* (formula 1 as a regression, value_loss), so that prompts can be new at
-    every step.
+    every step. After stage 1 it learns from the policy's responses, and so follows the policy's V*
+    instead of the reference's.
   - V* is shifted so that r - V* is 0 in the mean of each batch. V* with beta1 = 0.5 lies 0.1 to
     0.2 above the mean reward: without the shift the average response is pushed away, and AdamW
     turns that into steps. On samples of the current policy the shift leaves the optimum where it

@@ -1240,8 +1240,10 @@ def test_stage_1_keeps_the_prompts_values_and_teaches_them_to_the_head(tmp_path,
 
 
 def test_a_hint_says_once_why_the_reward_is_flat(tmp_path, capsys):
-    healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0)
-    for sign, advice in [(None, ''), (dict(truncated=0.9), '--max_new_tokens'), (dict(), 'the reward is flat'),
+    healthy = dict(reward=0.5, truncated=0.0, base_kl=1.0, formatted=1.0, step_kl=0.0)
+    for sign, advice in [(None, ''), (dict(truncated=0.9), '--max_new_tokens'),
+                         (dict(), 'the reward is flat: .*--learning_rate'),
+                         (dict(step_kl=0.1), 'the reward is flat: .*--max_step_kl'),
                          (dict(reward=0.3), 'left its bounds.*--max_step_kl'), (dict(base_kl=5.1), 'left its bounds'),
                          (dict(reward=0.0), 'is zero.*--max_factor=5')]:
         run = started(*TINY, f'--out_dir={tmp_path}')
@@ -1269,7 +1271,7 @@ def test_ten_rewards_of_a_few_prompts_may_fall_further(tmp_path, capsys):
         run = started(*TINY, '--num_responses_per_prompt=8', f'--algorithm={algorithm}', f'--out_dir={tmp_path}')
         capsys.readouterr()
         for step in range(20):
-            train.hint(run, dict(reward=0.7 if step < 10 else 0.4, truncated=0.0, base_kl=1.0, formatted=1.0))
+            train.hint(run, dict(reward=0.7 if step < 10 else 0.4, truncated=0.0, base_kl=1.0, step_kl=0.0))
         assert ('left its bounds' in capsys.readouterr().out) == advised
 
 
@@ -1277,7 +1279,7 @@ def test_the_time_left_counts_evaluations_and_starts_anew_in_each_phase(tmp_path
     run = ready(tmp_path, '--warmup_steps=100', '--max_steps=10')
     def left(step, phase, elapsed):
         run.step, run.started = step, time.monotonic() - elapsed
-        metrics = dict.fromkeys(('loss', 'reward', 'accuracy', 'kl', 'length', 'truncated', 'base_kl'), 0.5)
+        metrics = dict.fromkeys(('loss', 'reward', 'accuracy', 'kl', 'length', 'truncated', 'base_kl', 'step_kl'), 0.5)
         train.report(run, phase, dict(metrics, tokens=100, seconds_update=2.0))
         return float(re.search(r'([0-9.]+) min left', capsys.readouterr().out)[1])
     capsys.readouterr()
@@ -2128,6 +2130,7 @@ def test_a_checkpoint_does_not_choose_what_code_runs(main, tmp_path, capsys):
 
 
 @pytest.mark.parametrize('change, words', [
+    (['--beta1=1.0'], "beta1=0.5"),
     (['--warmup_steps=50'], "comes too late: this run has warmup_steps=60"), (['--algorithm=grpo'], "algorithm=apo"),
     (['--task=chain'], "is not that of the task"), (['--seed=3'], "seed=1337"),
     (['--max_factor=9'], "max_factor=5"), (['--dtype=float16'], "dtype=float32"), (['--d_model=32'], "which has 64"),

@@ -73,7 +73,7 @@ batch_size = 128 # responses per step, over all ranks
 updates_per_batch = 1 # optimizer steps on each batch; from the second one on GRPO's ratio is not 1, and its clip acts
 learning_rate = 4e-2 # AdamW; decays linearly to 0 over max_steps
 adam_eps = 1e-2 # AdamW's epsilon in A*PO, large: a small gradient then makes a small step (apo.py); 1e-8: usual
-grad_clip = 1.0 # clip the norm of the gradient here, the value head's apart; A*PO's for the policy stays below
+grad_clip = 1.0 # clip the norms of the policy's and the value head's gradient; A*PO's policy stays below
 beta1 = 0.5 # temperature of V* (apo.py, formula 1)
 beta2 = 1e-2 # strength of the pull to the reference (apo.py, formula 2); 1e-3: as published
 centre = True # shift V* so that r - V* is 0 in the mean of each batch (apo.py); False: as published
@@ -83,8 +83,8 @@ num_examples = 1 # worked examples in the prompt of pretrained weights
 max_new_tokens = 800 # longest response; one that does not end by then has reward 0
 num_train_samples = 32 # prompts of stage 1, each answered num_responses_per_prompt times
 num_responses_per_prompt = 8 # responses of stage 1 to a prompt, and the group size of GRPO and its kin
-fresh_prompts = True # A*PO: new prompts at every step, V* from the value head; False: those of stage 1, with their V*
-ref_update_interval = 0 # steps after which the reference becomes the policy; 0: never, as in the paper
+fresh_prompts = True # A*PO: new prompts at every step, V* from the value head; False: stage 1's, so take more there
+ref_update_interval = 0 # every so many steps the reference becomes the policy; 0: never, as in the paper
 value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
@@ -679,7 +679,8 @@ def make_optimizers(model, rate, muon_rate=0.0, eps=1e-8):
     policy, value_head, matrices = [], [], []
     for name, p in model.named_parameters():
         in_block = muon_rate and p.dim() == 2 and 'blocks' in name
-        (value_head if name.startswith('value_head') else matrices if in_block else policy).append(p)
+        group = value_head if name.startswith('value_head') else matrices if in_block else policy
+        group.append(p)
     groups = [dict(params=policy, rate=rate, eps=eps), dict(params=value_head, rate=value_learning_rate)]
     optimizers = [torch.optim.AdamW(groups, lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)]
     if muon_rate:
@@ -1040,9 +1041,10 @@ def restore(run, checkpoint):
     settled = ['task', 'dtype', 'seed', 'fold', 'num_examples', *parameters(type(run.task))]
     if not warm:
         settled += ['algorithm', *(name for name in SETTINGS if name.startswith('warmup_'))]
-        settled += ['num_train_samples'] if checkpoint['stage1_values'] is not None else []
-    elif (warmup_muon_learning_rate > 0) != (len(checkpoint['optimizers']) == 2): # that is, whether there is Muon
+    elif (warmup_muon_learning_rate > 0) != (len(checkpoint['optimizers']) == 2): # whether there is Muon
         settled += ['warmup_muon_learning_rate']
+    if checkpoint['stage1_values'] is not None:
+        settled += ['num_train_samples', 'num_responses_per_prompt', 'beta1']
     for name in settled:
         now, before = run.settings[name], checkpoint['settings'].get(name, run.settings[name])
         same = os.path.basename if name in PATHS else str # the file of a task may have moved
@@ -1148,8 +1150,9 @@ def hint(run, metrics):
         advise(run, f"the policy has left its bounds, 5 nats of KL to the base or a fall of the reward by {fall:.2f}: "
                     f"give --max_step_kl={max_step_kl / 4 or 0.005:g}; the checkpoint of the best evaluation is kept")
     elif run.began[0] == warmup_steps and steps >= 25 and 0 < now < min(0.9, start + 0.02): # no resumed run
-        advise(run, f"the reward is flat: raise --learning_rate above {learning_rate} or --batch_size above "
-                    f"{batch_size}")
+        bounded = 0 < max_step_kl < metrics['step_kl']
+        advise(run, f"the reward is flat: raise --batch_size above {batch_size}, or " + (
+            f"--max_step_kl above {max_step_kl}" if bounded else f"--learning_rate above {learning_rate}"))
 
 
 def advise(run, advice):
