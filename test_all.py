@@ -2285,6 +2285,21 @@ def test_sample_answers_evaluates_and_plots(ask, trained, tmp_path):
         assert said.startswith('error: ') and words in said and '\n' not in said
 
 
+def test_sample_takes_the_runs_pieces_and_our_own_models_any_length(ask, monkeypatch, trained):
+    """As many responses side by side as in the run; and more tokens than a checkpoint's config once allowed."""
+    rows, generate = [], sample.generate
+    monkeypatch.setattr(sample, 'generate', lambda model, prompts, longest, *rest: rows.append(
+        (len(prompts), longest)) or generate(model, prompts, longest, *rest))
+    ask(f'--checkpoint={trained}', '--num_problems=3', '--rollout_rows=2')
+    ask(f'--checkpoint={trained}', '--num_problems=2', '--max_new_tokens=5000')
+    assert rows == [(2, 32), (1, 32), (2, 5000)]
+    rollout_rows = sample.UNTRAINED['rollout_rows']
+    ask(f'--checkpoint={trained}', '--prompt=3 * 4', f'--num_samples={rollout_rows + 1}', '--max_new_tokens=1')
+    assert rows[3:] == [(rollout_rows + 1, 1)], "a run has 1,024, what is untrained less"
+    old = f'--checkpoint={HERE}/assets/countdown_trained.pt'
+    assert 'verdict' in ask(old, '--prompt=3 5 7 = 22', '--max_new_tokens=3000')
+
+
 def test_sample_grades_the_problems_of_a_file(ask, tmp_path):
     file = tmp_path / 'list.jsonl'
     file.write_text('\ufeff{"target": 22, "nums": [3, 5, 7]}\r\n\n3 5 7 = 22\n', encoding='utf-8')
