@@ -259,17 +259,16 @@ def mean_accuracy(plans):
 
 
 def interquartile_mean(values):
-    """Return the mean of the middle half (rliable, arXiv 2108.13264)."""
+    """Return the mean of the middle half, over the last axis (rliable, arXiv 2108.13264)."""
     values = np.sort(values)
-    cut = len(values) // 4
-    return values[cut:len(values) - cut].mean()
+    cut, count = values.shape[-1] // 4, values.shape[-1]
+    return values[..., cut:count - cut].mean(-1)
 
 
-def bootstrap(values, statistic=interquartile_mean, draws=10000):
-    """Return the 95% interval of a statistic over seeds, which are drawn again with replacement."""
-    rng = np.random.default_rng(0)
-    drawn = [statistic(rng.choice(values, len(values))) for _ in range(draws)]
-    return np.quantile(drawn, [0.025, 0.975])
+def bootstrap(values, draws=10000):
+    """Return the 95% interval of the interquartile mean over seeds, which are drawn again with replacement."""
+    drawn = np.random.default_rng(0).choice(values, (draws, len(values)))
+    return np.quantile(interquartile_mean(drawn), [0.025, 0.975])
 
 
 def reached(record, level, column):
