@@ -230,7 +230,8 @@ def parse_arguments():
         fail(f"--plot takes no {others[0]}")
     if args.prompt is not None and (args.eval or args.problems is not None):
         fail("--eval and --problems take many problems, --prompt asks one: choose")
-    if min(1 if count is None else count for count in (args.num_samples, args.max_new_tokens, args.rollout_rows)) < 1:
+    counts = (args.num_samples, args.max_new_tokens, args.rollout_rows)
+    if min(count for count in counts if count is not None) < 1:
         fail("--num_samples, --max_new_tokens and --rollout_rows must be at least 1")
     least = min(args.num_problems, args.seed, args.num_examples or 0, args.eval_temperature or 0)
     if least < 0 or not math.isfinite(args.eval_temperature or 0):

@@ -94,8 +94,8 @@ class PretrainedTokenizer:
     A pretrained model's tokenizer, through the tokenizers library, with the interface of Tokenizer.
     Its state is the model's own files as text, {name: text}; a stranger's checkpoint may name
     others. Its prompts begin with num_examples worked examples. Padding is end-of-sequence here,
-    whatever the files say: masks tell them apart. Raises ValueError when they name no end-of-
-    sequence that the tokenizer has.
+    whatever the files say: masks tell them apart. Raises ValueError when they name no
+    end-of-sequence that the tokenizer has.
     """
 
     def __init__(self, files, num_examples=0):
