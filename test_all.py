@@ -70,9 +70,11 @@ def main(monkeypatch):
     handlers = {number: signal.getsignal(number) for number in (
         signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)}
     def run_main(*arguments):
+        # What was interrupted, or a picture that failed, keeps its frames in a circle, the lock of the folder among them.
+        gc.collect()
         monkeypatch.setattr(sys, 'argv', ['train.py', *map(str, arguments)])
         train.main()
-        gc.collect() # a picture that failed keeps its frames in a circle, the lock of the folder among them
+        gc.collect()
     yield run_main
     for number, handler in handlers.items():
         signal.signal(number, handler)
