@@ -89,7 +89,7 @@ value_learning_rate = 1e-3 # AdamW, for the value head
 # evaluation and records
 eval_temperature = 1.0 # 0 is greedy
 fold = 0 # which tenth of the problems is held out, from the warm-up on; choose settings on another than you report
-num_eval_samples = 2000 # held-out responses after the warm-up and at the end; between an eighth
+num_eval_samples = 2000 # held-out responses before and after A*PO; an eighth of them in between
 eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
 keep_checkpoints = 3 # checkpoints that stay on the disk, beside the best evaluation's; 0: all
@@ -578,8 +578,8 @@ def try_problems(puzzles, tokenizer, config):
                                  f"not {grade!r}")
         right += grade.correct
     if warmup_steps and not right:
-        raise ValueError("not one of 20 demonstrations is right: `grade` and `demonstration` do not agree"
-                         + f", or the vocabulary, in which {text!r} becomes {read!r}" * (read != text))
+        lost = f", or the vocabulary, in which {text!r} becomes {read!r}" if read != text else ''
+        raise ValueError(f"not one of 20 demonstrations is right: `grade` and `demonstration` do not agree{lost}")
     if config.max_seq_len < longest + max_new_tokens:
         raise ValueError(f"--max_new_tokens={max_new_tokens} and a prompt of {longest} tokens do not fit the "
                          f"{config.max_seq_len} positions of this model")

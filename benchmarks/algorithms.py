@@ -99,7 +99,7 @@ def main():
     for path in filter(None, (args.mine, args.base)):
         if not os.path.isfile(path):
             parser.error(f'there is no file {path}')
-    if args.base != BASE: # it belongs to the record's name then
+    if args.base != BASE: # the last --init_from counts, and the record's name tells it
         rows = {name: [*settings, f'--init_from={args.base}'] for name, settings in rows.items()}
     if args.mine:
         rows = rows | {'mine': [*PLAIN, f'--algorithm={args.mine}']}
@@ -180,7 +180,7 @@ def plan(name, settings, seed, budget, rate, fold=0):
     label += ''.join('_' + hashlib.blake2b(open(file, 'rb').read(), digest_size=3).hexdigest() for file in files)
     folder = os.path.join('out', 'algorithms', label)
     command = [sys.executable, os.path.join(top, 'train.py'), f'--out_dir={folder}', '--num_eval_samples=4000',
-               *AS_ON_A_CPU, *words]
+               f'--init_from={BASE}', *AS_ON_A_CPU, *words]
     return os.path.join(RESULTS, f'{label}.json'), folder, command, budget
 
 
@@ -192,7 +192,7 @@ def take_all(plans, args):
         return
     os.makedirs(RESULTS, exist_ok=True)
     with ThreadPoolExecutor(args.jobs) as pool:
-        for i, record in enumerate(pool.map(lambda one: take(*one, args.base), missing), 1):
+        for i, record in enumerate(pool.map(lambda one: take(*one), missing), 1):
             print(f"{i}/{len(missing)} {os.path.basename(record['folder'])}: {record['accuracy']:.1%}", flush=True)
 
 
@@ -208,9 +208,8 @@ def remove_stopped(folder):
     shutil.rmtree(folder)
 
 
-def take(path, folder, command, budget, base):
+def take(path, folder, command, budget):
     """Take one run, from its start, and write its record."""
-    command = [*command, f'--init_from={base}']
     remove_stopped(folder)
     process = subprocess.run(command, env=os.environ | dict(OMP_NUM_THREADS='1'), stdout=subprocess.DEVNULL)
     if process.returncode:

@@ -256,7 +256,8 @@ def comparison():
     return two_tables(fresh_runs(ALGORITHMS, trials)) + '\n\n' + rates_table(trials, ALGORITHMS)
 
 
-def changed(rows):
+def one_rate(rows):
+    """Return the table of rows that have one rate each."""
     return table_of_algorithms(at_one_rate(rows), baseline='A*PO')
 
 
@@ -298,7 +299,7 @@ def draw():
 TABLES = dict(
     summary=summary, runs=functools.partial(every_run, on_gpu=False),
     runs_gpu=functools.partial(every_run, on_gpu=True), difficulty=difficulty, steady=steady, epsilon=epsilon,
-    ablations=functools.partial(changed, ABLATIONS), many_updates=functools.partial(changed, MANY),
+    ablations=functools.partial(one_rate, ABLATIONS), many_updates=functools.partial(one_rate, MANY),
     algorithms=comparison)
 
 
