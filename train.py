@@ -92,7 +92,7 @@ fold = 0 # which tenth of the problems is held out, from the warm-up on; choose 
 num_eval_samples = 2000 # held-out responses before and after A*PO; an eighth of them in between
 eval_interval = 8 # A*PO steps between evaluations; in the warm-up, whose steps are short, 50 times as many
 checkpoint_interval = 500 # steps between checkpoints; in A*PO, whose steps are long, each evaluation leaves one too
-keep_checkpoints = 3 # checkpoints that stay on the disk, beside the best evaluation's; 0: all
+keep_checkpoints = 3 # newest checkpoints that stay on the disk, beside the best evaluation's; 0: all
 tracker = 'none' # none | wandb: where the metrics go beside metrics.jsonl
 # memory
 micro_batch_tokens = 2048 # tokens in one forward and backward pass
